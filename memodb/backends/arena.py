@@ -1,0 +1,259 @@
+"""The default backend: records side by side in large segment files.
+
+A locator is ``segment number << 32 | slot``; slot s of a segment is its bytes ``[s * nbytes, (s + 1) * nbytes)``. So records that are
+multiples of the page size can be mapped side by side, and multiples of 2 MiB keep their huge pages. Segments only grow; a number is never
+used again, which is why a reader may keep a segment open whatever the writer does.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import struct
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+
+from memodb import vm
+from memodb.backends.base import Locators, Usage, ValueBackend, Values, Victim, take_options
+from memodb.backends.segment import SegmentFile
+from memodb.errors import CorruptionError
+from memodb.extents import Extents
+from memodb.record import RecordSpec
+
+_ENTRY = np.dtype([("number", "<u4"), ("sealed", "<u4"), ("used", "<u8"), ("allocated", "<u8"), ("huge", "<u8")])
+_SLOT_BITS = np.uint64(32)
+_SLOT_MASK = np.uint64(0xFFFFFFFF)
+_SUFFIX = ".seg"
+#: The state begins with the number that the next segment gets.
+_NEXT = struct.Struct("<Q")
+
+
+class ArenaBackend(ValueBackend):
+    """Segment files in one directory, on any file system.
+
+    Options (of ``MemoDB.create``)
+    ------------------------------
+    segment_bytes : int
+        Size that a segment grows to (default 1 GiB); compaction works on one segment at a time.
+    durability : {"full", "relaxed"}
+        "full" (default): a put that returned survives a power cut on a disk file system (fdatasync before the commit). "relaxed": record
+        bytes reach the disk when the kernel likes; after a power cut `verify` names the records that did not.
+    huge_pages : bool
+        Ask for huge pages (default True).
+    """
+
+    name: ClassVar[str] = "arena"
+    abilities: ClassVar[Mapping[str, bool]] = {"maps": True, "durable": True, "remote": False, "compresses": False}
+
+    def __init__(self, path: Path, spec: RecordSpec, options: Mapping[str, Any], *, writable: bool) -> None:
+        super().__init__(path, spec, options, writable=writable)
+        self._slots = min(max(options["segment_bytes"] // spec.nbytes, 1), int(_SLOT_MASK))
+        self._capacity = vm.round_up(self._slots * spec.nbytes, vm.HUGE)
+        self._table = np.zeros(0, _ENTRY)
+        self._next = 1
+        self._open: dict[int, SegmentFile] = {}
+        self._unsynced: set[int] = set()
+        self._directory_unsynced = False
+        self._lock = threading.RLock()
+        if writable:
+            path.mkdir(exist_ok=True)
+        self.filesystem, self._in_memory = vm.filesystem(path)
+
+    @classmethod
+    def check_options(cls, options: Mapping[str, Any], spec: RecordSpec) -> dict[str, Any]:
+        """Return the options to persist, defaults filled in (see `ValueBackend.check_options`)."""
+        return take_options(
+            cls.name,
+            options,
+            {
+                "segment_bytes": (1 << 30, lambda v: type(v) is int and 4096 <= v <= 1 << 40, "an int, 4096 to 2**40 bytes"),
+                "durability": ("full", lambda v: v in ("full", "relaxed"), '"full" or "relaxed"'),
+                "huge_pages": (True, lambda v: isinstance(v, bool), "True or False"),
+            },
+        )
+
+    # --- writing -------------------------------------------------------------------------------------------------------------------
+
+    def append(self, values: Values) -> Locators:
+        """Write records behind the last one, into as many segments as they need (see `ValueBackend.append`)."""
+        locators = np.empty(len(values), np.uint64)
+        done = 0
+        while done < len(values):
+            entry = self._tail()
+            segment = self._segment(int(entry["number"]))
+            used = int(entry["used"])
+            n = min(len(values) - done, self._slots - used)
+            allocated, gained = segment.write(
+                used * self.spec.nbytes,
+                values[done : done + n],
+                int(entry["allocated"]),
+                in_memory=self._in_memory,
+                huge=self.options["huge_pages"],
+            )
+            locators[done : done + n] = (np.uint64(entry["number"]) << _SLOT_BITS) + np.arange(used, used + n, dtype=np.uint64)
+            entry["used"], entry["allocated"], entry["huge"] = used + n, allocated, int(entry["huge"]) + gained
+            self._unsynced.add(int(entry["number"]))
+            done += n
+        self._flag_huge()
+        return locators
+
+    def append_bytes(self, n: int) -> int:
+        """Return how many bytes `n` more records would allocate, rounding to huge pages included."""
+        room = 0
+        free = 0
+        if len(self._table) and not self._table[-1]["sealed"]:
+            tail = self._table[-1]
+            room = self._slots - int(tail["used"])
+            free = int(tail["allocated"]) - int(tail["used"]) * self.spec.nbytes
+        if n <= room:
+            return max(0, vm.round_up(n * self.spec.nbytes - free, vm.HUGE))
+        full, rest = divmod(n - room, self._slots)
+        tail_bytes = max(0, vm.round_up(room * self.spec.nbytes - free, vm.HUGE))
+        return tail_bytes + full * self._capacity + vm.round_up(rest * self.spec.nbytes, vm.HUGE)
+
+    def _tail(self) -> Any:
+        if len(self._table) and self._table[-1]["used"] < self._slots and not self._table[-1]["sealed"]:
+            return self._table[-1]
+        number = self._next
+        self._open[number] = SegmentFile(self._file(number), self._capacity, create=True)
+        self._next += 1
+        self._directory_unsynced = True
+        self._table = np.concatenate([self._table, np.array([(number, 0, 0, 0, 0)], _ENTRY)])
+        return self._table[-1]
+
+    def sync(self) -> None:
+        """Flush what was appended, and the directory if a segment is new (nothing to do on tmpfs or with durability "relaxed")."""
+        if self.options["durability"] == "full" and not self._in_memory:
+            for number in self._unsynced:
+                self._segment(number).sync()
+            if self._directory_unsynced:
+                fd = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+                try:
+                    os.fsync(fd)
+                finally:
+                    os.close(fd)
+        self._unsynced.clear()
+        self._directory_unsynced = False
+
+    def state(self) -> bytes:
+        """Return the table of segments."""
+        return _NEXT.pack(self._next) + self._table.tobytes()
+
+    def restore(self, state: bytes) -> None:
+        """Go back to the committed table of segments: cut leftovers off, remove segments that no commit knows."""
+        self._parse(state)
+        known = {int(n): int(a) for n, a in zip(self._table["number"], self._table["allocated"], strict=True)}
+        for file in self.path.glob(f"*{_SUFFIX}"):
+            if not (file.stem.isdigit() and int(file.stem) in known):
+                file.unlink(missing_ok=True)
+        for number in [n for n in self._open if n not in known]:
+            del self._open[number]
+        if len(self._table):  # only the last segment is ever appended to
+            tail = int(self._table[-1]["number"])
+            with contextlib.suppress(FileNotFoundError):  # verify() and reads say so; the store must open for that
+                self._segment(tail).truncate(known[tail])
+        self._unsynced.clear()
+
+    def refresh(self, state: bytes) -> None:
+        """Drop segments that compaction removed, so that their memory can go back to the system."""
+        with self._lock:
+            self._parse(state)
+            known = set(self._table["number"].tolist())
+            for number in [n for n in self._open if n not in known]:
+                del self._open[number]
+
+    def _parse(self, state: bytes) -> None:
+        if not state:  # a store that nothing was put into yet
+            state = _NEXT.pack(1)
+        if (len(state) - _NEXT.size) % _ENTRY.itemsize:
+            raise CorruptionError(f"the table of segments of {self.path} is damaged; restore the store from a copy")
+        self._next = _NEXT.unpack_from(state)[0]
+        self._table = np.frombuffer(state, _ENTRY, offset=_NEXT.size).copy()
+        self._flag_huge()
+
+    def _flag_huge(self) -> None:
+        for entry in self._table:
+            segment = self._open.get(int(entry["number"]))
+            if segment is not None:
+                segment.huge = bool(entry["huge"] == entry["allocated"])
+
+    # --- reading -------------------------------------------------------------------------------------------------------------------
+
+    def _file(self, number: int) -> Path:
+        return self.path / f"{number:08d}{_SUFFIX}"
+
+    def _segment(self, number: int) -> SegmentFile:
+        with self._lock:
+            segment = self._open.get(number)
+            if segment is None:
+                segment = SegmentFile(self._file(number), self._capacity, writable=self.writable)
+                self._open[number] = segment
+                self._flag_huge()
+            return segment
+
+    def extents(self, locators: Locators) -> Extents:
+        """Return where the records lie (see `SupportsExtents.extents`)."""
+        numbers = locators >> _SLOT_BITS
+        slots = (locators & _SLOT_MASK).astype(np.int64)
+        distinct, inverse = np.unique(numbers, return_inverse=True)
+        segments = [self._segment(int(number)) for number in distinct]
+        for i, segment in enumerate(segments):
+            segment.require((int(slots[inverse == i].max()) + 1) * self.spec.nbytes)
+        return Extents(segments, inverse.astype(np.int64).reshape(-1), slots * self.spec.nbytes)
+
+    # --- compaction ----------------------------------------------------------------------------------------------------------------
+
+    def victims(self, locators: Locators) -> list[Victim]:
+        """Return the segments that hold a dead record, and seal the last one if it is among them."""
+        numbers = (locators >> _SLOT_BITS).astype(np.int64)
+        found = []
+        for entry in self._table:
+            members = np.flatnonzero(numbers == int(entry["number"]))
+            if len(members) < entry["used"]:
+                entry["sealed"] = 1
+                found.append(Victim(int(entry["number"]), members))
+        return found
+
+    def rewrite(self, token: int, locators: Locators) -> Locators:
+        """Append a segment's live records to the unsealed end (see `ValueBackend.rewrite`)."""
+        moved = np.empty(0, np.uint64)
+        if len(locators):
+            slots = (locators & _SLOT_MASK).astype(np.int64)
+            records = self._segment(token).view((int(slots.max()) + 1) * self.spec.nbytes)
+            records = records.reshape(-1, self.spec.nbytes)
+            bounds = np.flatnonzero(np.diff(slots) != 1) + 1
+            moved = np.concatenate([self.append(records[run[0] : run[-1] + 1]) for run in np.split(slots, bounds)])
+        self._table = self._table[self._table["number"] != token]
+        return moved
+
+    def discard(self, token: int) -> None:
+        """Unlink an emptied segment; batches that map it keep its memory until they die."""
+        self._open.pop(token, None)
+        self._file(token).unlink(missing_ok=True)
+
+    def after_fork(self) -> None:
+        """Take a fresh lock."""
+        super().after_fork()
+        self._lock = threading.RLock()
+
+    def usage(self) -> Usage:
+        """Return allocated and huge bytes, and why pages are small where they are."""
+        allocated, huge = int(self._table["allocated"].sum()), int(self._table["huge"].sum())
+        note = ""
+        if huge < allocated:
+            if not self._in_memory:
+                note = f"{self.filesystem} keeps its own pages; a store on tmpfs (/dev/shm) gets huge pages"
+            elif not self.options["huge_pages"]:
+                note = "the store was created with huge_pages=False"
+            else:
+                note = "the kernel gave no huge pages for the rest: it is older than 6.1, or its memory is fragmented"
+        return Usage(allocated, huge, note)
+
+    def close(self) -> None:
+        """Forget the segments; those that batches hold stay open until they die."""
+        with self._lock:
+            self._open.clear()

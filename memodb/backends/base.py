@@ -1,0 +1,180 @@
+"""What a backend is: the `ValueBackend` base class and the optional ability to be mapped, `SupportsExtents`."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Protocol, runtime_checkable
+
+import numpy as np
+
+from memodb.errors import InvalidOptionError
+from memodb.extents import Extents
+from memodb.record import RecordSpec
+
+Locators = np.ndarray[Any, np.dtype[np.uint64]]
+Values = np.ndarray[Any, Any]
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What a backend holds.
+
+    Parameters
+    ----------
+    bytes_on_store
+        Bytes allocated for records.
+    huge_bytes
+        How many of them lie on huge pages.
+    huge_note
+        Why not all of them do, and what could be done; empty where nothing can be gained.
+    """
+
+    bytes_on_store: int
+    huge_bytes: int = 0
+    huge_note: str = ""
+
+
+@dataclass(frozen=True)
+class Victim:
+    """A part of the store that `ValueBackend.rewrite` can empty: `members` are indices into the locators it was asked about."""
+
+    token: int
+    members: np.ndarray[Any, np.dtype[np.intp]]
+
+
+class ValueBackend(ABC):
+    """Bytes of records, addressed by locators: 64-bit numbers of the backend's own that the catalog remembers.
+
+    The database calls `append` and `sync` before it commits to the catalog, and hands `state` to the same commit. Bytes whose commit never came are
+    leftovers: `restore` is called with the last committed state when a writer opens, and after a failed write, and forgets them. Committed
+    bytes never change. A backend implements `read`, or `SupportsExtents`, or both.
+
+    Parameters
+    ----------
+    path
+        Directory of the backend's own inside the store.
+    spec
+        Shape and dtype of the records.
+    options
+        What `check_options` returned when the store was created.
+    writable
+        Whether this process is the writer.
+    """
+
+    name: ClassVar[str]
+    #: What the backend can do: "maps", "durable", "remote", "compresses".
+    abilities: ClassVar[Mapping[str, bool]]
+
+    def __init__(self, path: Path, spec: RecordSpec, options: Mapping[str, Any], *, writable: bool) -> None:
+        self.path = path
+        self.spec = spec
+        self.options = options
+        self.writable = writable
+
+    @classmethod
+    def check_options(cls, options: Mapping[str, Any], spec: RecordSpec) -> dict[str, Any]:
+        """Return the options to persist, defaults filled in.
+
+        Raises
+        ------
+        InvalidOptionError
+            For an option that the backend does not have, or a value that it cannot use.
+        """
+        return take_options(cls.name, options, {})
+
+    @abstractmethod
+    def append(self, values: Values) -> Locators:
+        """Store `values` [n, *shape] (any strides) and return n locators; nothing is promised before `sync`.
+
+        Raises
+        ------
+        StoreFullError
+            If they do not fit; the caller then calls `restore`.
+        """
+
+    def append_bytes(self, n: int) -> int:
+        """Return how many more bytes on the store `n` more records would take."""
+        return n * self.spec.nbytes
+
+    @abstractmethod
+    def sync(self) -> None:
+        """Make appended bytes as durable as the store promises."""
+
+    @abstractmethod
+    def state(self) -> bytes:
+        """Return what `restore` needs to go on from here."""
+
+    @abstractmethod
+    def restore(self, state: bytes) -> None:
+        """Writer: go back to a committed state and give back what leftovers hold."""
+
+    @abstractmethod
+    def refresh(self, state: bytes) -> None:
+        """Reader: take note of a newly committed state (drop what it no longer names)."""
+
+    def read(self, locators: Locators, out: np.ndarray[Any, np.dtype[np.uint8]]) -> None:
+        """Copy records into `out`, uint8 [n, nbytes] C-contiguous."""
+        raise NotImplementedError(f"backend {self.name!r} offers extents only")
+
+    def victims(self, locators: Locators) -> list[Victim]:
+        """Given the locators of all live records, return the parts that hold dead ones."""
+        return []
+
+    def rewrite(self, token: int, locators: Locators) -> Locators:
+        """Append the given live records of a victim elsewhere and leave the victim out of `state`; return the new locators."""
+        raise NotImplementedError
+
+    def discard(self, token: int) -> None:
+        """After the commit: remove a victim from the store (existing mappings of it stay intact)."""
+
+    def after_fork(self) -> None:
+        """Go on in a forked child, which only reads: take fresh locks, drop threads."""
+        self.writable = False
+
+    @abstractmethod
+    def usage(self) -> Usage:
+        """Return what the store holds."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Let go of every resource that no batch needs."""
+
+
+@runtime_checkable
+class SupportsExtents(Protocol):
+    """A backend whose records lie uncompressed in files that can be mapped."""
+
+    def extents(self, locators: Locators) -> Extents:
+        """Return where the records lie.
+
+        Raises
+        ------
+        FileNotFoundError
+            If a file is gone: compaction may have moved its records since the locators were looked up.
+        """
+
+
+def take_options(
+    backend: str, given: Mapping[str, Any], known: Mapping[str, tuple[Any, Callable[[Any], bool], str]]
+) -> dict[str, Any]:
+    """Check `given` options against `known`: name -> (default, test, what is expected).
+
+    Raises
+    ------
+    InvalidOptionError
+        Naming the option, what was expected and what was found.
+    """
+    for name in given:
+        if name not in known:
+            have = ", ".join(sorted(known)) or "none"
+            raise InvalidOptionError(f"backend {backend!r} has no option {name!r}; its options: {have}")
+    taken = {}
+    for name, (default, good, expected) in known.items():
+        value = given.get(name, default)
+        if not good(value):
+            raise InvalidOptionError(f"option {name}={value!r} of backend {backend!r}: expected {expected}")
+        taken[name] = value
+    return taken

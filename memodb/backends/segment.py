@@ -1,0 +1,165 @@
+"""One segment file: allocated for real before use, on huge pages where the kernel gives them, mapped read-only as a whole."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from memodb import vm
+from memodb.errors import CorruptionError, StoreAccessError, StoreFullError
+
+#: Bytes collapsed by one madvise call: small enough to find out where huge pages ran out.
+_COLLAPSE = 32 << 20
+
+
+class SegmentFile:
+    """An open segment. Whoever holds the object may use its descriptor and its mapping.
+
+    Parameters
+    ----------
+    path
+        The file.
+    capacity
+        Bytes it may grow to, a multiple of the huge page size: so much address space is reserved for it.
+    create
+        Make the file (it must not exist) instead of opening it read-only.
+    writable
+        Open for writing.
+    """
+
+    def __init__(self, path: Path, capacity: int, *, create: bool = False, writable: bool = False) -> None:
+        self.path = path
+        self.capacity = capacity
+        self.huge = False
+        self.address = 0
+        self.fd = -1
+        mode = os.O_RDWR if writable or create else os.O_RDONLY
+        flags = mode | os.O_CLOEXEC | os.O_NOFOLLOW | (os.O_CREAT | os.O_EXCL if create else 0)
+        try:
+            self.fd = os.open(path, flags, 0o644)
+        except PermissionError as error:
+            raise StoreAccessError(f"segment {path} cannot be opened: {error.strerror}; ask its owner for access") from error
+        except OSError as error:
+            if error.errno == errno.ENOSPC:
+                raise StoreFullError(f"no room for a new segment {path}: {error.strerror}; free space there") from error
+            raise
+        address = vm.reserve(capacity)
+        try:
+            vm.map_shared(address, capacity, self.fd, 0)
+        except OSError:
+            vm.unmap(address, capacity)
+            raise
+        self.address = address
+
+    def __del__(self) -> None:
+        if self.address:
+            vm.unmap(self.address, self.capacity)
+            self.address = 0
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+
+    def view(self, nbytes: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
+        """Return the first `nbytes` of the file as a read-only array that keeps the segment open."""
+        self.require(nbytes)
+        return vm.Span(self.address, nbytes, writable=False, keep=self).array()
+
+    def require(self, nbytes: int) -> None:
+        """Make sure that the file is at least `nbytes` long: a page beyond its end is a SIGBUS.
+
+        Raises
+        ------
+        CorruptionError
+            If it was cut short.
+        """
+        size = os.fstat(self.fd).st_size
+        if size < nbytes:
+            raise CorruptionError(
+                f"segment {self.path} is {size} bytes long, its records reach to byte {nbytes}: it was truncated; "
+                "restore the store from a copy"
+            )
+
+    def write(self, offset: int, values: np.ndarray[Any, Any], allocated: int, *, in_memory: bool, huge: bool) -> tuple[int, int]:
+        """Write `values` (any strides) at `offset`, allocating beyond `allocated` first.
+
+        Returns
+        -------
+        tuple of int
+            (bytes allocated now, how many of the newly allocated lie on huge pages).
+
+        Raises
+        ------
+        StoreFullError
+            If the file system cannot hold them.
+        """
+        end = offset + values.nbytes
+        wanted = max(allocated, vm.round_up(end, vm.HUGE))
+        try:
+            if in_memory:
+                return wanted, self._write_mapped(offset, end, values, allocated, wanted, huge=huge)
+            if wanted > allocated:
+                os.posix_fallocate(self.fd, allocated, wanted - allocated)
+            self._write_through(offset, values)
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.ENOMEM, errno.EDQUOT, errno.EFBIG):
+                raise StoreFullError(
+                    f"no room for {values.nbytes} more bytes in segment {self.path}: {os.strerror(error.errno)}; "
+                    "nothing was stored; free space, delete and compact(), or move the store"
+                ) from error
+            raise
+        return wanted, 0
+
+    def _write_mapped(
+        self, offset: int, end: int, values: np.ndarray[Any, Any], allocated: int, wanted: int, *, huge: bool
+    ) -> int:
+        first = min(offset // vm.HUGE * vm.HUGE, allocated)
+        address = vm.reserve(wanted - first)
+        try:
+            if wanted > allocated:
+                os.ftruncate(self.fd, wanted)
+            vm.map_shared(address, wanted - first, self.fd, first, writable=True)
+            gained = self._allocate(address - first, allocated, wanted, huge=huge)
+            # Every page is there now, so no store below can find the file system full.
+            target = vm.Span(address + offset - first, end - offset, writable=True).array()
+            np.copyto(target.view(values.dtype).reshape(values.shape), values)
+        finally:
+            vm.unmap(address, wanted - first)
+        return gained
+
+    def _allocate(self, base: int, start: int, stop: int, *, huge: bool) -> int:
+        gained = 0
+        for at in range(start, stop, _COLLAPSE):
+            end = min(at + _COLLAPSE, stop)
+            if huge:
+                # One byte in each huge page (through the descriptor: a touch of the mapping is SIGBUS on a full tmpfs) lets the
+                # kernel fill the hole around it with one huge page; a range that is all hole it refuses.
+                for page in range(at, end, vm.HUGE):
+                    os.pwrite(self.fd, b"\0", page)
+                if vm.collapse(base + at, end - at):
+                    gained += end - at
+                    continue
+                gained += sum(vm.HUGE for page in range(at, end, vm.HUGE) if vm.collapse(base + page, vm.HUGE))
+            os.posix_fallocate(self.fd, at, end - at)
+        return gained
+
+    def _write_through(self, offset: int, values: np.ndarray[Any, Any]) -> None:
+        # A file on a disk is written by pwrite(2): an I/O error or a full disk is an error there, a signal through a mapping.
+        chunks = [values] if values.flags.c_contiguous else values
+        for chunk in chunks:
+            data = memoryview(np.ascontiguousarray(chunk).reshape(-1).view(np.uint8))
+            while len(data):
+                written = os.pwrite(self.fd, data, offset)
+                data, offset = data[written:], offset + written
+
+    def truncate(self, nbytes: int) -> None:
+        """Cut leftovers beyond `nbytes` off."""
+        if os.fstat(self.fd).st_size > nbytes:
+            os.ftruncate(self.fd, nbytes)
+
+    def sync(self) -> None:
+        """Flush the file's data to its device (fdatasync(2)); a no-op on tmpfs."""
+        os.fdatasync(self.fd)

@@ -1,0 +1,387 @@
+"""The catalog proper: settings, ids, namespaces, checksums, keys and tombstones in one LMDB environment.
+
+Tables: ``meta`` (settings, counters, the backend's state), ``blocks`` (packed rows, `memodb.catalog.rows`), ``names`` (namespace -> number),
+``counts`` (number -> records added, records live), ``journal`` (keys and deletions, `memodb.catalog.journal`).
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import lmdb
+import numpy as np
+
+from memodb.catalog import journal
+from memodb.catalog.environment import Environment
+from memodb.catalog.rows import BLOCK, DELETED, LIVE, ROW, Ids, RowCache, Rows, block_key, unpack, write_rows
+from memodb.errors import CorruptionError, FormatVersionError, InvalidOptionError, RecordNotFoundError, StoreNotFoundError
+
+FORMAT = 1
+_COUNTERS = struct.Struct("<QQQI")  # next id, live records, next journal sequence number, next namespace number
+_COUNTS = struct.Struct("<QQ")
+_NAME_BYTES = 480  # LMDB's keys hold 511
+
+
+class Catalog:
+    """The catalog of one store, open in this process.
+
+    Parameters
+    ----------
+    path
+        The LMDB directory.
+    create_with
+        Settings (JSON-able) to start a new catalog with; None opens an existing one.
+    """
+
+    def __init__(self, path: Path, *, create_with: dict[str, Any] | None = None) -> None:
+        self.path = path
+        if create_with is None and not (path / "data.mdb").exists():
+            raise StoreNotFoundError(f"{path.parent} holds no memodb store; memodb.MemoDB.create makes one")
+        self._env = Environment.acquire(path, create=create_with is not None)
+        self._rows = RowCache()
+        self._names: dict[str, int] = {}
+        try:
+            if create_with is not None:
+                self._write_settings(create_with, backend_state=None)
+            self.settings = self._read_settings()
+        except BaseException:
+            self._env.release()
+            raise
+
+    def usage(self) -> int:
+        """Return the bytes that the catalog takes on its file system."""
+        return sum(file.stat().st_blocks * 512 for file in self.path.iterdir())
+
+    def close(self) -> None:
+        """Let the environment go."""
+        self._env.release()
+
+    def renew_locks(self) -> None:
+        """Take fresh locks (in a forked child)."""
+        self._rows.renew_lock()
+
+    # --- settings and counters -----------------------------------------------------------------------------------------------------
+
+    def _read_settings(self) -> dict[str, Any]:
+        with self._env.read() as txn:
+            raw = txn.get(b"settings", db=self._env.table("meta"))
+            text = None if raw is None else bytes(raw)
+        if text is None:
+            raise StoreNotFoundError(f"{self.path.parent} holds no complete memodb store: its creation was cut off; create it again")
+        try:
+            settings = json.loads(text)
+            version = settings["format"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise CorruptionError(f"the settings in {self.path} are damaged: {error}") from error
+        if version != FORMAT:
+            raise FormatVersionError(
+                f"{self.path.parent} has format {version}, this memodb reads format {FORMAT}; use the memodb that wrote it to copy it"
+            )
+        return dict(settings)
+
+    def _write_settings(self, settings: dict[str, Any], backend_state: bytes | None) -> None:
+        with self._env.write() as txn:
+            meta = self._env.table("meta")
+            txn.put(b"settings", json.dumps({**settings, "format": FORMAT}).encode(), db=meta)
+            if txn.get(b"counters", db=meta) is None:
+                txn.put(b"counters", _COUNTERS.pack(0, 0, 1, 0), db=meta)
+            if backend_state is not None:
+                txn.put(b"backend", backend_state, db=meta)
+
+    def change_settings(self, **changes: Any) -> None:
+        """Persist changed settings."""
+        self._write_settings({**self.settings, **changes}, backend_state=None)
+        self.settings = self._read_settings()
+
+    def transaction(self) -> int:
+        """Return the number of the last committed transaction."""
+        return self._env.last_transaction()
+
+    def _counters(self, txn: lmdb.Transaction) -> tuple[int, int, int, int]:
+        raw = txn.get(b"counters", db=self._env.table("meta"))
+        if raw is None:
+            raise CorruptionError(f"the counters in {self.path} are missing; restore the catalog from a copy")
+        next_id, live, sequence, namespace = _COUNTERS.unpack(raw)
+        return next_id, live, sequence, namespace
+
+    def counters(self) -> tuple[int, int]:
+        """Return the next id and the number of live records."""
+        with self._env.read() as txn:
+            return self._counters(txn)[:2]
+
+    def last_sequence(self) -> int:
+        """Return the number of the last journal entry of any namespace."""
+        with self._env.read() as txn:
+            return self._counters(txn)[2] - 1
+
+    def backend_state(self) -> tuple[int, bytes]:
+        """Return (transaction number, what the backend asked to remember with the last commit)."""
+        with self._env.read() as txn:
+            return txn.id(), bytes(txn.get(b"backend", db=self._env.table("meta"), default=b""))
+
+    # --- reading -------------------------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _load(self) -> Iterator[tuple[int, Any]]:
+        with self._env.read() as txn:
+            table = self._env.table("blocks")
+            yield txn.id(), lambda block: txn.get(block_key(block), db=table)
+
+    def rows(self, ids: Ids) -> Rows:
+        """Return the rows of `ids` [n] (fields locator, checksum, namespace, state), whatever their state."""
+        return self._rows.lookup(ids, self.transaction(), self._load)
+
+    def committed(self, ids: Ids) -> Rows:
+        """Return the rows of `ids` [n].
+
+        Raises
+        ------
+        RecordNotFoundError
+            If any of them does not exist; the message names the first few.
+        """
+        rows = self.rows(ids)
+        missing = rows["state"] != LIVE
+        if missing.any():
+            raise RecordNotFoundError(self._explain_missing(ids[missing], rows["state"][missing]))
+        return rows
+
+    def _explain_missing(self, ids: Ids, states: np.ndarray[Any, Any]) -> str:
+        shown = [f"{i} ({'deleted' if s == DELETED else 'never put'})" for i, s in zip(ids[:5], states[:5], strict=True)]
+        more = f" and {len(ids) - 5} more" if len(ids) > 5 else ""
+        return f"no record in {self.path.parent} has id {', '.join(shown)}{more}; ids are given by put() and listed by ids()"
+
+    def is_live(self, ids: Ids) -> np.ndarray[Any, np.dtype[np.bool_]]:
+        """Tell for each id whether its record exists."""
+        return np.asarray(self.rows(ids)["state"] == LIVE)
+
+    def live(self, namespace: str | None = None) -> tuple[Ids, Rows]:
+        """Return ids, ascending, and rows of all live records, of one namespace or of all, as of one transaction."""
+        all_ids, all_rows = [np.zeros(0, np.int64)], [np.zeros(0, ROW)]
+        with self._env.read() as txn:
+            number = None if namespace is None else self._number(txn, namespace)
+            if namespace is not None and number is None:
+                return all_ids[0], all_rows[0]
+            for raw_key, raw in txn.cursor(db=self._env.table("blocks")):
+                rows = unpack(raw)
+                wanted = rows["state"] == LIVE
+                if number is not None:
+                    wanted &= rows["namespace"] == number
+                places = np.flatnonzero(wanted)
+                all_ids.append(places + struct.unpack(">Q", raw_key)[0] * BLOCK)
+                all_rows.append(rows[places])
+        return np.concatenate(all_ids), np.concatenate(all_rows)
+
+    # --- namespaces ----------------------------------------------------------------------------------------------------------------
+
+    def _number(self, txn: lmdb.Transaction, name: str) -> int | None:
+        raw = txn.get(_name_key(name), db=self._env.table("names"))
+        return None if raw is None else int(struct.unpack("<I", raw)[0])
+
+    def namespace_numbers(self, names: Sequence[str]) -> list[int | None]:
+        """Return the number of each namespace, None for those that nothing was ever put into."""
+        unknown = {name for name in names if name not in self._names}
+        if unknown:
+            with self._env.read() as txn:
+                for name in unknown:
+                    number = self._number(txn, name)
+                    if number is not None:
+                        self._names[name] = number
+        return [self._names.get(name) for name in names]
+
+    def namespaces(self) -> dict[str, int]:
+        """Return the number of live records of each namespace that was ever used."""
+        with self._env.read() as txn:
+            counts = {
+                struct.unpack(">I", k)[0]: _COUNTS.unpack(v)[1] for k, v in txn.cursor(db=self._env.table("counts"))
+            }
+            return {
+                bytes(k[1:]).decode(): counts.get(struct.unpack("<I", v)[0], 0)
+                for k, v in txn.cursor(db=self._env.table("names"))
+            }
+
+    def names_of(self, numbers: np.ndarray[Any, Any]) -> list[str]:
+        """Return the name of each namespace number."""
+        with self._env.read() as txn:
+            names = {
+                struct.unpack("<I", v)[0]: bytes(k[1:]).decode() for k, v in txn.cursor(db=self._env.table("names"))
+            }
+        return [names[number] for number in numbers.tolist()]
+
+    def _intern(self, txn: lmdb.Transaction, names: Sequence[str], next_namespace: int) -> tuple[list[int], int]:
+        numbers = []
+        for name in names:
+            number = self._number(txn, name)
+            if number is None:
+                number, next_namespace = next_namespace, next_namespace + 1
+                txn.put(_name_key(name), struct.pack("<I", number), db=self._env.table("names"))
+            numbers.append(number)
+        return numbers, next_namespace
+
+    def _count(self, txn: lmdb.Transaction, number: int, *, added: int = 0, deleted: int = 0) -> None:
+        key, table = struct.pack(">I", number), self._env.table("counts")
+        raw = txn.get(key, db=table)
+        total, live = (0, 0) if raw is None else _COUNTS.unpack(raw)
+        txn.put(key, _COUNTS.pack(total + added, live + added - deleted), db=table)
+
+    # --- writing -------------------------------------------------------------------------------------------------------------------
+
+    def commit(
+        self,
+        locators: np.ndarray[Any, np.dtype[np.uint64]],
+        checksums: np.ndarray[Any, np.dtype[np.uint32]],
+        names: Sequence[str],
+        row_names: np.ndarray[Any, np.dtype[np.intp]],
+        keys: np.ndarray[Any, np.dtype[np.float32]] | None,
+        backend_state: bytes,
+        ids: Ids | None = None,
+    ) -> Ids:
+        """Make records exist, all or none, and return their ids.
+
+        Parameters
+        ----------
+        locators, checksums
+            [n]: where the backend put each record, and the CRC-32C of its bytes.
+        names, row_names
+            The distinct namespaces, and for each record [n] which of them it belongs to.
+        keys
+            float32 [n, key_dim], or None for a store without keys.
+        backend_state
+            What the backend needs to go on from here after a restart.
+        ids
+            Ascending ids to use (a copy keeps them); None takes the next ones.
+        """
+        with self._env.write() as txn:
+            next_id, live, sequence, next_namespace = self._counters(txn)
+            if ids is None:
+                ids = np.arange(next_id, next_id + len(locators), dtype=np.int64)
+            numbers, next_namespace = self._intern(txn, names, next_namespace)
+            rows = np.zeros(len(ids), ROW)
+            rows["locator"], rows["checksum"], rows["state"] = locators, checksums, LIVE
+            rows["namespace"] = np.asarray(numbers, np.uint32)[row_names]
+            write_rows(txn, self._env.table("blocks"), ids, rows)
+            for number, members in zip(numbers, grouped(row_names, len(names)), strict=True):
+                self._count(txn, number, added=len(members))
+                if keys is not None:
+                    journal.write_entry(txn, self._env.table("journal"), number, sequence, ids[members], keys[members])
+            next_id = max(next_id, int(ids[-1]) + 1)
+            self._finish(txn, (next_id, live + len(ids), sequence + 1, next_namespace), backend_state)
+        return ids
+
+    def _finish(self, txn: lmdb.Transaction, counters: tuple[int, int, int, int], backend_state: bytes | None) -> None:
+        txn.put(b"counters", _COUNTERS.pack(*counters), db=self._env.table("meta"))
+        if backend_state is not None:
+            txn.put(b"backend", backend_state, db=self._env.table("meta"))
+
+    def advance(self, next_id: int) -> None:
+        """Make sure that ids below `next_id` are never given out (a copy of a store whose last records are deleted)."""
+        with self._env.write() as txn:
+            old, live, sequence, namespaces = self._counters(txn)
+            self._finish(txn, (max(old, next_id), live, sequence, namespaces), None)
+
+    def delete(self, ids: Ids) -> None:
+        """Put tombstones on `ids` (ascending, unique), all or none.
+
+        Raises
+        ------
+        RecordNotFoundError
+            If any of them does not exist.
+        """
+        with self._env.write() as txn:
+            rows = self.committed(ids).copy()  # only this writer commits, so the cache is what the transaction sees
+            rows["state"] = DELETED
+            write_rows(txn, self._env.table("blocks"), ids, rows)
+            next_id, live, sequence, namespaces = self._counters(txn)
+            for number in np.unique(rows["namespace"]).tolist():
+                members = ids[rows["namespace"] == number]
+                self._count(txn, number, deleted=len(members))
+                if self.settings["key_dim"]:
+                    journal.write_entry(txn, self._env.table("journal"), number, sequence, members, None)
+            self._finish(txn, (next_id, live - len(ids), sequence + 1, namespaces), None)
+
+    def relocate(self, ids: Ids, locators: np.ndarray[Any, np.dtype[np.uint64]], backend_state: bytes) -> None:
+        """Record that live records (ascending ids) now lie elsewhere."""
+        with self._env.write() as txn:
+            rows = self.committed(ids).copy()
+            rows["locator"] = locators
+            write_rows(txn, self._env.table("blocks"), ids, rows)
+            self._finish(txn, self._counters(txn), backend_state)
+
+    def drop_dead_keys(self) -> None:
+        """Give back the space of deleted records' keys."""
+        key_dim = self.settings["key_dim"]
+        if not key_dim:
+            return
+        dead: dict[int, list[Ids]] = {}
+        with self._env.read() as txn:
+            for raw_key, raw in txn.cursor(db=self._env.table("blocks")):
+                rows = unpack(raw)
+                places = np.flatnonzero(rows["state"] == DELETED)
+                for number in np.unique(rows["namespace"][places]).tolist():
+                    members = places[rows["namespace"][places] == number]
+                    dead.setdefault(number, []).append(members + struct.unpack(">Q", raw_key)[0] * BLOCK)
+        for number, members_of in dead.items():
+            with self._env.write() as txn:
+                table = self._env.table("journal")
+                journal.drop_keys(txn, table, number, np.concatenate(members_of), key_dim, self.path)
+
+    # --- what an index follows -----------------------------------------------------------------------------------------------------
+
+    def journal(self, number: int, after: int, within: tuple[int, int] | None = None) -> list[journal.Entry]:
+        """Return the journal of a namespace (by number) after a sequence number, in order (see `journal.read_entries`)."""
+        with self._env.read() as txn:
+            table = self._env.table("journal")
+            return list(journal.read_entries(txn, table, number, after, self.settings["key_dim"], self.path, within))
+
+    def keys(self, ids: Ids, rows: Rows) -> np.ndarray[Any, np.dtype[np.float32]]:
+        """Return the keys of live records (ascending unique `ids` and their `rows`), float32 [n, key_dim].
+
+        Raises
+        ------
+        CorruptionError
+            If one is missing or damaged.
+        """
+        out = np.full((len(ids), self.settings["key_dim"]), np.nan, np.float32)
+        for number in np.unique(rows["namespace"]).tolist():
+            for entry in self.journal(number, 0, within=(int(ids[0]), int(ids[-1]))):
+                if entry.keys is not None:
+                    places = np.minimum(np.searchsorted(ids, entry.ids), len(ids) - 1)
+                    known = ids[places] == entry.ids
+                    out[places[known]] = entry.keys[known]
+        missing = np.isnan(out).any(axis=1)
+        if missing.any():
+            raise CorruptionError(f"record {ids[missing][0]} in {self.path} has no key ({missing.sum()} such records)")
+        return out
+
+
+def grouped(labels: np.ndarray[Any, np.dtype[np.intp]], n: int) -> list[np.ndarray[Any, np.dtype[np.intp]]]:
+    """Return, for each label 0..n-1, the ascending places where it stands."""
+    order = np.argsort(labels, kind="stable")
+    return np.split(order, np.searchsorted(labels[order], np.arange(1, n)))
+
+
+def check_name(name: Any) -> str:
+    """Return `name` if it can name a namespace.
+
+    Raises
+    ------
+    InvalidOptionError
+        If it is not a string of at most 480 bytes of UTF-8.
+    """
+    if not isinstance(name, str):
+        raise InvalidOptionError(f"a namespace is a string, not {type(name).__name__}: {name!r}")
+    try:
+        size = len(name.encode())
+    except UnicodeEncodeError as error:
+        raise InvalidOptionError(f"namespace {name!r} is not valid Unicode: {error}") from error
+    if size > _NAME_BYTES:
+        raise InvalidOptionError(f"namespace {name[:40]!r}... has {size} bytes of UTF-8; at most {_NAME_BYTES} are possible")
+    return name
+
+
+def _name_key(name: str) -> bytes:
+    return b"n" + name.encode()

@@ -1,0 +1,213 @@
+"""One LMDB environment per process and file, shared by every handle on it, and safe across fork.
+
+py-lmdb refuses to open one file twice in a process, and to reopen it in a forked child before the inherited environment is closed. So
+environments are counted here by (device, inode), and a forked child closes what it inherited and opens its own at its next transaction.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import ClassVar
+
+import lmdb
+
+from memodb.errors import CorruptionError, MemoDBError, StoreAccessError, StoreFullError, StoreNotFoundError
+
+#: Address space reserved for the catalog; the file itself only grows with what is put. Halved until the system grants it.
+_MAP_SIZE = 1 << 40
+_MIN_MAP_SIZE = 1 << 28
+_MAX_READERS = 4096
+TABLES = ("meta", "blocks", "names", "counts", "journal")
+
+
+@contextmanager
+def translated(path: Path) -> Iterator[None]:
+    """Turn LMDB's errors into memodb's, with the path and the remedy."""
+    try:
+        yield
+    except (lmdb.MapFullError, lmdb.DiskError) as error:
+        raise StoreFullError(f"the catalog {path} cannot grow: {error}; free space on its file system") from error
+    except (lmdb.CorruptedError, lmdb.PageNotFoundError, lmdb.InvalidError, lmdb.PanicError) as error:
+        raise CorruptionError(f"the catalog {path} is damaged: {error}; restore it from a copy") from error
+    except lmdb.NotFoundError as error:
+        raise StoreNotFoundError(
+            f"{path.parent} holds no complete memodb store (its creation was cut off): create it again"
+        ) from error
+    except lmdb.ReadersFullError as error:
+        raise MemoDBError(f"more than {_MAX_READERS} readers are in the catalog {path} at once: {error}") from error
+    except lmdb.Error as error:
+        if "No space left" in str(error):
+            raise StoreFullError(f"the catalog {path} cannot grow: {error}; free space on its file system") from error
+        if "Permission denied" in str(error) or "Read-only file system" in str(error):
+            raise StoreAccessError(f"the catalog {path} cannot be opened: {error}; ask its owner for access") from error
+        raise MemoDBError(f"the catalog {path} cannot be used: {error}") from error
+
+
+class Environment:
+    """A counted LMDB environment. Get one from `acquire`, give it back with `release`."""
+
+    _shared: ClassVar[dict[tuple[int, int], Environment]] = {}
+    _registry_lock: ClassVar[threading.RLock] = threading.RLock()
+
+    def __init__(self, path: Path, key: tuple[int, int] | None) -> None:
+        self.path = path
+        self._key = key
+        self._users = 0
+        # Reads and writes may run side by side (LMDB is multi-version), but neither may be under way while the process forks: the child
+        # would end the parent's transaction in the shared lock table.
+        self._read_gate = threading.RLock()
+        self._write_gate = threading.RLock()
+        self._env: lmdb.Environment | None = None
+        self._tables: dict[str, lmdb._Database] = {}
+
+    @classmethod
+    def acquire(cls, path: Path, *, create: bool = False) -> Environment:
+        """Return the process's environment for the LMDB directory `path`, opened now if nobody holds it yet."""
+        with cls._registry_lock:
+            data = path / "data.mdb"
+            if create and not data.exists():
+                path.mkdir(parents=True, exist_ok=True)
+                fresh = cls(path, None)
+                fresh._open(create=True)
+                stat = data.stat()
+                fresh._key = (stat.st_dev, stat.st_ino)
+                cls._shared[fresh._key] = fresh
+                fresh._users = 1
+                return fresh
+            stat = data.stat()
+            key = (stat.st_dev, stat.st_ino)
+            env = cls._shared.get(key)
+            if env is None:
+                env = cls(path, key)
+                env._open(create=create)
+                cls._shared[key] = env
+            env._users += 1
+            return env
+
+    def release(self) -> None:
+        """Give one use back; the last one closes the environment."""
+        with self._registry_lock:
+            self._users -= 1
+            if self._users == 0:
+                if self._key is not None:
+                    self._shared.pop(self._key, None)
+                with self._read_gate, self._write_gate:
+                    if self._env is not None:
+                        self._env.close()
+                        self._env = None
+
+    def _open(self, *, create: bool) -> None:
+        size = _MAP_SIZE
+        while True:
+            try:
+                with translated(self.path):
+                    self._env = self._open_lmdb(size, create=create)
+                    if create:
+                        self._tables = {name: self._env.open_db(name.encode()) for name in TABLES}
+                    self._env.reader_check()
+                return
+            except MemoDBError as error:
+                self._env = None
+                memory = "Cannot allocate memory" in str(error) or isinstance(error.__cause__, lmdb.MemoryError)
+                if not memory or size <= _MIN_MAP_SIZE:
+                    raise
+                size //= 2
+
+    def _open_lmdb(self, size: int, *, create: bool) -> lmdb.Environment:
+        def attempt(readonly: bool) -> lmdb.Environment:
+            return lmdb.open(
+                os.fspath(self.path),
+                map_size=size,
+                max_dbs=len(TABLES),
+                max_readers=_MAX_READERS,
+                max_spare_txns=0,
+                readonly=readonly,
+                create=create,
+                readahead=False,
+            )
+
+        try:
+            # Readers too open for writing where they may: then a writer in the same process can share the environment.
+            return attempt(readonly=False)
+        except lmdb.Error as error:
+            if create or not ("Permission denied" in str(error) or "Read-only file system" in str(error)):
+                raise
+            return attempt(readonly=True)
+
+    @property
+    def handle(self) -> lmdb.Environment:
+        """The open environment of THIS process."""
+        if self._env is None:
+            if self._users == 0:
+                raise MemoDBError(f"the catalog {self.path} is closed")
+            with self._read_gate:
+                if self._env is None:
+                    self._open(create=False)
+        assert self._env is not None
+        return self._env
+
+    def table(self, name: str) -> lmdb._Database:
+        """Return the handle of the LMDB sub-database `name`."""
+        found = self._tables.get(name)
+        if found is None:
+            found = self._tables[name] = self.handle.open_db(name.encode(), create=False)
+        return found
+
+    def last_transaction(self) -> int:
+        """Return the number of the last committed transaction, by whichever process (no lock, no transaction)."""
+        return int(self.handle.info()["last_txnid"])
+
+    @contextmanager
+    def read(self) -> Iterator[lmdb.Transaction]:
+        """Open a short read transaction; what it returns are buffers that die with it."""
+        with self._read_gate, translated(self.path):
+            for name in TABLES:
+                self.table(name)
+            with self.handle.begin(buffers=True) as txn:
+                yield txn
+
+    @contextmanager
+    def write(self) -> Iterator[lmdb.Transaction]:
+        """Open a write transaction: committed on leaving, undone by any exception."""
+        with self._write_gate, translated(self.path):
+            with self._read_gate:
+                for name in TABLES:
+                    self.table(name)
+                handle = self.handle
+            with handle.begin(write=True, buffers=True) as txn:
+                yield txn
+
+    @classmethod
+    def _before_fork(cls) -> None:
+        cls._registry_lock.acquire()
+        cls._fork_gates = ExitStack()
+        for env in cls._shared.values():
+            cls._fork_gates.enter_context(env._write_gate)
+            cls._fork_gates.enter_context(env._read_gate)
+
+    @classmethod
+    def _after_fork_in_parent(cls) -> None:
+        cls._fork_gates.close()
+        cls._registry_lock.release()
+
+    @classmethod
+    def _after_fork_in_child(cls) -> None:
+        for env in cls._shared.values():
+            if env._env is not None:
+                env._env.close()
+            env._env, env._tables = None, {}
+            env._read_gate, env._write_gate = threading.RLock(), threading.RLock()
+        cls._registry_lock = threading.RLock()
+
+    _fork_gates: ClassVar[ExitStack]
+
+
+os.register_at_fork(
+    before=Environment._before_fork,
+    after_in_parent=Environment._after_fork_in_parent,
+    after_in_child=Environment._after_fork_in_child,
+)

@@ -1,0 +1,120 @@
+"""The keys, as a log per namespace that an index follows: what was added, what was deleted, in commit order.
+
+One entry is one LMDB value under (namespace, sequence number)::
+
+    kind (1 byte: A added, D deleted) | CRC-32C of the rest (4) | count (4) | ids int64[count] | keys float32[count, key_dim] (A only)
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lmdb
+import numpy as np
+
+from memodb.checksum import crc32c
+from memodb.errors import CorruptionError
+
+ADDED, DELETED = b"A", b"D"
+_HEAD = struct.Struct("<cII")
+_KEY = struct.Struct(">IQ")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One entry of a namespace's journal: `keys` is float32 [n, key_dim] for additions, None for deletions."""
+
+    sequence: int
+    ids: np.ndarray[Any, np.dtype[np.int64]]
+    keys: np.ndarray[Any, np.dtype[np.float32]] | None
+
+
+def write_entry(
+    txn: lmdb.Transaction,
+    table: Any,
+    namespace: int,
+    sequence: int,
+    ids: np.ndarray[Any, np.dtype[np.int64]],
+    keys: np.ndarray[Any, np.dtype[np.float32]] | None,
+) -> None:
+    """Store one entry."""
+    body = ids.astype("<i8").tobytes() + (b"" if keys is None else keys.astype("<f4").tobytes())
+    kind = DELETED if keys is None else ADDED
+    txn.put(_KEY.pack(namespace, sequence), _HEAD.pack(kind, crc32c(body), len(ids)) + body, db=table)
+
+
+def read_entries(
+    txn: lmdb.Transaction,
+    table: Any,
+    namespace: int,
+    after: int,
+    key_dim: int,
+    path: Path,
+    within: tuple[int, int] | None = None,
+) -> Iterator[Entry]:
+    """Yield the entries of `namespace` whose sequence number is greater than `after`, in order.
+
+    Parameters
+    ----------
+    within
+        Smallest and largest id of interest: entries beside that range are passed over unread.
+
+    Raises
+    ------
+    CorruptionError
+        If an entry does not match its checksum.
+    """
+    cursor = txn.cursor(db=table)
+    if not cursor.set_range(_KEY.pack(namespace, after + 1)):
+        return
+    for raw_key, raw in cursor:
+        found, sequence = _KEY.unpack(raw_key)
+        if found != namespace:
+            return
+        if within is not None and not _overlaps(raw, within):
+            continue
+        yield _decode(bytes(raw), sequence, key_dim, f"namespace {namespace}, entry {sequence} of {path}")
+
+
+def _overlaps(raw: memoryview, within: tuple[int, int]) -> bool:
+    # Ids of an entry ascend, so its first and last tell; what is too damaged to tell is read, and then complained about.
+    try:
+        count = _HEAD.unpack_from(raw)[2]
+        first = struct.unpack_from("<q", raw, _HEAD.size)[0]
+        last = struct.unpack_from("<q", raw, _HEAD.size + 8 * (count - 1))[0]
+    except struct.error:
+        return True
+    return bool(first <= within[1] and last >= within[0])
+
+
+def _decode(raw: bytes, sequence: int, key_dim: int, where: str) -> Entry:
+    try:
+        kind, checksum, count = _HEAD.unpack_from(raw)
+        body = memoryview(raw)[_HEAD.size :]
+        if crc32c(body) != checksum:
+            raise ValueError("its checksum does not match")
+        ids = np.frombuffer(body, "<i8", count).astype(np.int64)
+        if kind == DELETED:
+            return Entry(sequence, ids, None)
+        keys = np.frombuffer(body, "<f4", offset=8 * count).astype(np.float32).reshape(count, key_dim)
+    except (struct.error, ValueError) as error:
+        raise CorruptionError(f"the keys in {where} are damaged: {error}") from error
+    return Entry(sequence, ids, keys)
+
+
+def drop_keys(
+    txn: lmdb.Transaction, table: Any, namespace: int, dead: np.ndarray[Any, np.dtype[np.int64]], key_dim: int, path: Path
+) -> None:
+    """Take the keys of `dead` ids out of a namespace's additions (deletions stay: an index that lags must still learn of them)."""
+    for entry in list(read_entries(txn, table, namespace, 0, key_dim, path)):
+        if entry.keys is None:
+            continue
+        gone = np.isin(entry.ids, dead)
+        if gone.all():
+            txn.delete(_KEY.pack(namespace, entry.sequence), db=table)
+        elif gone.any():
+            write_entry(txn, table, namespace, entry.sequence, entry.ids[~gone], entry.keys[~gone])

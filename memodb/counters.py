@@ -1,0 +1,57 @@
+"""What one handle did since it was opened, for `MemoDB.stats`."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+
+
+@dataclass
+class Counters:
+    """Counts of one handle (not persisted, not shared)."""
+
+    puts: int = 0
+    records_put: int = 0
+    gathers: int = 0
+    records_gathered: int = 0
+    bytes_mapped: int = 0
+    bytes_copied: int = 0
+    searches: int = 0
+    keys_searched: int = 0
+    _hits: np.ndarray[Any, np.dtype[np.uint32]] = field(default_factory=lambda: np.zeros(0, np.uint32), repr=False)
+
+    def gathered(self, ids: np.ndarray[Any, np.dtype[np.int64]], nbytes: int, *, mapped: bool) -> None:
+        """Count one gather of `ids` with `nbytes` in all."""
+        self.gathers += 1
+        self.records_gathered += len(ids)
+        if mapped:
+            self.bytes_mapped += nbytes
+        else:
+            self.bytes_copied += nbytes
+        if len(ids):
+            top = int(ids.max())
+            if top >= len(self._hits):
+                # Zero pages cost nothing until they are counted in.
+                grown = np.zeros(max(top + 1, 2 * len(self._hits), 1024), np.uint32)
+                used = np.flatnonzero(self._hits)
+                grown[used] = self._hits[used]
+                self._hits = grown
+            np.add.at(self._hits, ids, 1)
+
+    def hits(self, ids: np.ndarray[Any, np.dtype[np.int64]]) -> np.ndarray[Any, np.dtype[np.uint32]]:
+        """Return how often each of `ids` was gathered."""
+        known = ids < len(self._hits)
+        return np.where(known, self._hits[np.where(known, ids, 0)] if len(self._hits) else 0, 0).astype(np.uint32)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the counts, and a summary of hits per record."""
+        counts = {name: value for name, value in asdict(self).items() if not name.startswith("_")}
+        hits = self._hits[self._hits > 0]
+        counts["hits_per_record"] = {
+            "records_hit": len(hits),
+            "max": int(hits.max(initial=0)),
+            "mean": float(hits.mean()) if len(hits) else 0.0,
+        }
+        return counts

@@ -1,0 +1,753 @@
+"""`MemoDB`, the one public face: every verb reads as a few calls into the rooms below."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+import threading
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, Self
+
+import numpy as np
+
+from memodb import arguments, interop
+from memodb.backends import registry
+from memodb.backends.base import SupportsExtents, ValueBackend
+from memodb.catalog import Catalog
+from memodb.checksum import record_checksums
+from memodb.counters import Counters
+from memodb.errors import (
+    ClosedError,
+    CorruptionError,
+    InvalidKeyError,
+    InvalidOptionError,
+    InvalidRecordError,
+    MemoDBError,
+    ReadOnlyError,
+    StoreExistsError,
+    StoreFullError,
+    StoreNotFoundError,
+)
+from memodb.gather.batch import MappedBatch
+from memodb.gather.gather import Source, check_strategy, closed, copy_into, gather_batch, opened
+from memodb.gather.plan import Strategy
+from memodb.index.manager import IndexSet
+from memodb.lock import WriterLock
+from memodb.problem import Problem
+from memodb.record import RecordSpec
+
+Ids = np.ndarray[Any, np.dtype[np.int64]]
+Progress = Callable[[int, int], None]
+_OURS = {"catalog", "values", "index", "writer.lock"}
+#: A namespace is indexed at close if it grew by so many keys: up to there a reader's exact search is quick anyway.
+_INDEX_AT_CLOSE = 10_000
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """What a search found.
+
+    Parameters
+    ----------
+    ids
+        int64 [n, k], nearest first; -1 where there is none.
+    distances
+        float32 [n, k], squared L2; inf where there is none.
+    """
+
+    ids: Ids
+    distances: np.ndarray[Any, np.dtype[np.float32]]
+
+
+class MemoDB:
+    """A store of equal-shaped records, fetched many at a time as one contiguous tensor.
+
+    Get one from `MemoDB.create` or `MemoDB.open`. One handle at a time writes, in any process; any number read, and see each committed put at
+    their next call. A handle is a context manager; it may be used by several threads, forked (the child reads), and pickled (the copy reads).
+
+    Examples
+    --------
+    >>> import numpy as np, tempfile
+    >>> path = tempfile.mkdtemp() + "/store"
+    >>> with MemoDB.create(path, shape=(16, 64), dtype="float32", key_dim=8) as db:
+    ...     ids = db.put(np.ones((3, 16, 64), "float32"), keys=np.eye(3, 8))
+    >>> MemoDB.open(path).multiget_mapped(ids[::-1]).shape
+    (3, 16, 64)
+    """
+
+    def __init__(
+        self, path: Path, mode: Literal["r", "r+"], lock: WriterLock | None, settings: dict[str, Any] | None = None
+    ) -> None:
+        self._path = path
+        self._mode: Literal["r", "r+"] = mode
+        self._lock = threading.RLock()
+        self._writer_lock = lock
+        self._failed: Exception | None = None
+        self._closed = True
+        self._counters = Counters()
+        self._seen = -1
+        self._catalog = Catalog(path / "catalog", create_with=settings)
+        try:
+            stored = self._catalog.settings
+            self._spec = RecordSpec.of(stored["shape"], stored["dtype"])
+            self._backend: ValueBackend = registry.load(stored["backend"])(
+                path / "values", self._spec, stored["options"], writable=mode == "r+"
+            )
+            if mode == "r+":
+                self._backend.restore(self._catalog.backend_state()[1])
+        except BaseException:
+            self._catalog.close()
+            raise
+        self._indexes = IndexSet(
+            path / "index", self._catalog, stored["key_dim"] or 0, stored["index"], owner=stored["uid"], writable=mode == "r+"
+        )
+        self._closed = False
+        opened()
+        _HANDLES.add(self)
+
+    # --- opening and closing -------------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def create(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        shape: Sequence[int] | int,
+        dtype: Any,
+        key_dim: int | None = None,
+        backend: str = "arena",
+        index: str = "auto",
+        max_bytes: int | None = None,
+        **backend_options: Any,
+    ) -> Self:
+        """Make a new store and open it for writing.
+
+        Parameters
+        ----------
+        path
+            Directory of the store; it must not exist, or be empty.
+        shape, dtype
+            Of ONE record. Every numeric numpy dtype, and "bfloat16", "float8_e4m3fn", "float8_e5m2".
+        key_dim
+            Width of the float32 keys; None for a store that is never searched.
+        backend
+            Name of the backend that holds the records (see `memodb.backends`).
+        index
+            faiss factory string ("Flat", "HNSW32", "IVF1024,PQ32", ...), or "auto": exact while a namespace is small, HNSW32 beyond.
+        max_bytes
+            Bytes that records and catalog may take together; None for no limit.
+        **backend_options
+            Options of the backend.
+
+        Raises
+        ------
+        StoreExistsError
+            If there is a store, or any other file, at `path`.
+        InvalidRecordError, InvalidOptionError, BackendNotFoundError
+            If an argument cannot be used; nothing is made then.
+        """
+        where = Path(path).absolute()
+        spec = RecordSpec.of(shape, dtype)
+        loaded = registry.load(backend)
+        settings = {
+            "uid": secrets.token_hex(8),
+            "shape": list(spec.shape),
+            "dtype": spec.dtype_name,
+            "key_dim": None if key_dim is None else arguments.as_count("key_dim", key_dim),
+            "backend": backend,
+            "options": loaded.check_options(backend_options, spec),
+            "index": _check_index(index, key_dim),
+            "max_bytes": None if max_bytes is None else arguments.as_count("max_bytes", max_bytes),
+        }
+        lock = _claim(where)
+        try:
+            return cls(where, "r+", lock, settings)
+        except BaseException:
+            lock.release()
+            _remove_ours(where)
+            raise
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str], mode: Literal["r", "r+"] = "r") -> Self:
+        """Open an existing store; shape, dtype, backend and index come from the store itself.
+
+        Parameters
+        ----------
+        path
+            Directory of the store.
+        mode
+            "r": read; "r+": read and write (one handle at a time).
+
+        Raises
+        ------
+        StoreNotFoundError
+            If there is no store at `path`.
+        WriterLockedError
+            If `mode` is "r+" and another handle writes.
+        FormatVersionError, CorruptionError, StoreAccessError
+            If the store cannot be read.
+        """
+        where = Path(path).absolute()
+        if mode not in ("r", "r+"):
+            raise InvalidOptionError(f"mode must be 'r' or 'r+', found {mode!r}; a new store is made by create()")
+        if not (where / "catalog" / "data.mdb").exists():
+            raise StoreNotFoundError(f"{where} holds no memodb store; memodb.MemoDB.create makes one")
+        lock = WriterLock(where / "writer.lock") if mode == "r+" else None
+        try:
+            return cls(where, mode, lock)
+        except BaseException:
+            if lock is not None:
+                lock.release()
+            raise
+
+    def close(self) -> None:
+        """Close the store (a writer saves its large indexes first). Batches already handed out stay valid. Closing twice is fine."""
+        with self._lock:
+            if not self._closed and self._mode == "r+" and self.key_dim:
+                self._indexes.save(_INDEX_AT_CLOSE)
+            self._shut()
+
+    def _shut(self) -> None:
+        if self._closed:
+            return
+        self._closed = True
+        _HANDLES.discard(self)
+        self._backend.close()
+        self._catalog.close()
+        if self._writer_lock is not None:
+            self._writer_lock.release()
+        closed()
+
+    def __del__(self) -> None:
+        if not getattr(self, "_closed", True):
+            self._shut()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return MemoDB.open, (os.fspath(self._path), "r")
+
+    def __repr__(self) -> str:
+        state = "closed" if self._closed else self._mode
+        return f"<MemoDB {os.fspath(self._path)!r} {self._spec}, {self.backend_name}, {state}>"
+
+    def _after_fork(self) -> None:
+        self._mode, self._writer_lock = "r", None
+        self._lock = threading.RLock()
+        self._catalog.renew_locks()
+        self._indexes.after_fork()
+        self._backend.after_fork()
+
+    # --- what it is ----------------------------------------------------------------------------------------------------------------
+
+    @property
+    def path(self) -> Path:
+        """Directory of the store."""
+        return self._path
+
+    @property
+    def mode(self) -> str:
+        """Either "r" or "r+"; "r" in a forked child."""
+        return self._mode
+
+    @property
+    def spec(self) -> RecordSpec:
+        """Shape and dtype of one record."""
+        return self._spec
+
+    @property
+    def key_dim(self) -> int | None:
+        """Width of the keys, None if records have none."""
+        width: int | None = self._catalog.settings["key_dim"]
+        return width
+
+    @property
+    def backend_name(self) -> str:
+        """Name of the backend."""
+        return str(self._catalog.settings["backend"])
+
+    @property
+    def index_factory(self) -> str:
+        """The faiss factory string of the index, or "auto"."""
+        return str(self._catalog.settings["index"])
+
+    @property
+    def closed(self) -> bool:
+        """Whether the handle was closed."""
+        return self._closed
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ClosedError(f"the database {self._path} is closed; open it again with MemoDB.open")
+
+    def _check_writable(self) -> None:
+        self._check_open()
+        if self._mode != "r+":
+            raise ReadOnlyError(f"{self._path} is open for reading (a forked or unpickled handle always is); open it with mode='r+'")
+        if self._failed is not None:
+            raise ReadOnlyError(
+                f"an earlier write to {self._path} failed in the device ({self._failed}), so nothing more is written through this handle; "
+                "check the device, then close and open the store"
+            )
+
+    # --- writing -------------------------------------------------------------------------------------------------------------------
+
+    def put(self, values: Any, keys: Any = None, *, namespace: str | Sequence[str] = "") -> Ids:
+        """Store records, all or none.
+
+        Parameters
+        ----------
+        values
+            [n, *shape] of the store's dtype: numpy, torch, anything with ``__array__`` or DLPack.
+        keys
+            [n, key_dim], float32; needed where the store has keys.
+        namespace
+            One name, or one per record.
+
+        Returns
+        -------
+        numpy.ndarray
+            The new ids, int64 [n], ascending. On a disk file system the records are durable when this returns.
+
+        Raises
+        ------
+        InvalidRecordError, InvalidKeyError, InvalidOptionError
+            If an argument does not fit; nothing is stored then.
+        StoreFullError
+            If they do not fit the file system or ``max_bytes``; nothing is stored then.
+        ReadOnlyError, ClosedError
+            If the handle cannot write.
+        """
+        self._check_writable()
+        records = interop.as_records(self._spec, values)
+        checked = self._check_keys(keys, len(records))
+        names, rows = arguments.as_namespaces(namespace, len(records))
+        return self._store(records, checked, names, rows)
+
+    def _check_keys(self, keys: Any, n: int) -> np.ndarray[Any, np.dtype[np.float32]] | None:
+        if self.key_dim is not None:
+            return arguments.as_keys(keys, self.key_dim, n)
+        if keys is not None:
+            raise InvalidKeyError(f"{self._path} was created without key_dim, so its records have no keys; pass none")
+        return None
+
+    def _store(
+        self,
+        records: np.ndarray[Any, Any],
+        keys: np.ndarray[Any, np.dtype[np.float32]] | None,
+        names: list[str],
+        rows: np.ndarray[Any, np.dtype[np.intp]],
+        ids: Ids | None = None,
+    ) -> Ids:
+        if len(records) == 0:
+            return np.zeros(0, np.int64)
+        with self._lock:
+            self._check_room(len(records))
+            with _RestoringOnError(self):
+                locators = self._backend.append(records)
+                self._backend.sync()
+                sums = record_checksums(records)
+                ids = self._catalog.commit(locators, sums, names, rows, keys, self._backend.state(), ids)
+            self._counters.puts += 1
+            self._counters.records_put += len(ids)
+            if keys is not None:
+                numbers = [n for n in self._catalog.namespace_numbers(names) if n is not None]
+                self._indexes.note_added(numbers, np.bincount(rows, minlength=len(names)).tolist())
+        return ids
+
+    def _check_room(self, n: int) -> None:
+        limit = self._catalog.settings["max_bytes"]
+        if limit is None:
+            return
+        used = self._backend.usage().bytes_on_store + self._catalog.usage()
+        more = self._backend.append_bytes(n)
+        if used + more > limit:
+            raise StoreFullError(
+                f"{n} records need {more} more bytes; {self._path} holds {used} of max_bytes={limit}; delete records and compact(), or "
+                "create a store with a larger max_bytes"
+            )
+
+    def delete(self, ids: Any) -> None:
+        """Delete records, all or none: they are found no more at once; `compact` gives their memory back.
+
+        Raises
+        ------
+        RecordNotFoundError
+            If any of them does not exist; nothing is deleted then.
+        InvalidIdError, ReadOnlyError, ClosedError
+            As for `put`.
+        """
+        self._check_writable()
+        wanted = np.unique(arguments.as_ids(ids))
+        if len(wanted):
+            with self._lock:
+                self._catalog.delete(wanted)
+
+    def compact(self, progress: Progress | None = None) -> int:
+        """Give the space of deleted records back. Never waits for readers or batches: what they hold stays intact.
+
+        Parameters
+        ----------
+        progress
+            Called with (segments done, segments to do).
+
+        Returns
+        -------
+        int
+            Bytes given back to the file system.
+
+        Raises
+        ------
+        StoreFullError
+            If there is no room to move the live records of one segment; what was compacted before stays so.
+        """
+        self._check_writable()
+        with self._lock:
+            before = self._backend.usage().bytes_on_store
+            live_ids, rows = self._catalog.live()
+            victims = self._backend.victims(rows["locator"])
+            for done, victim in enumerate(victims):
+                with _RestoringOnError(self):
+                    moved = self._backend.rewrite(victim.token, rows["locator"][victim.members])
+                    self._backend.sync()
+                    self._catalog.relocate(live_ids[victim.members], moved, self._backend.state())
+                self._backend.discard(victim.token)
+                if progress is not None:
+                    progress(done + 1, len(victims))
+            self._catalog.drop_dead_keys()
+            return before - self._backend.usage().bytes_on_store
+
+    def reindex(self, index: str | None = None) -> None:
+        """Build the index anew from the keys, with another factory if `index` names one.
+
+        Raises
+        ------
+        InvalidOptionError
+            If faiss cannot build that factory; nothing changes then.
+        """
+        self._check_writable()
+        factory = self.index_factory if index is None else _check_index(index, self.key_dim)
+        with self._lock:
+            self._catalog.change_settings(index=factory)
+            numbers = self._catalog.namespaces()
+            large = [name for name, count in numbers.items() if count > _INDEX_AT_CLOSE]
+            self._indexes.rebuild(factory, [n for n in self._catalog.namespace_numbers(large) if n is not None])
+
+    # --- reading -------------------------------------------------------------------------------------------------------------------
+
+    def multiget(self, ids: Any, out: np.ndarray[Any, Any] | None = None) -> np.ndarray[Any, Any]:
+        """Return a copy of records as one numpy array.
+
+        Parameters
+        ----------
+        ids
+            n integers, in any order, repeats allowed.
+        out
+            A C-contiguous array [n, *shape] of the store's dtype to copy into.
+
+        Returns
+        -------
+        numpy.ndarray
+            [n, *shape], C-contiguous, writable; `out` if it was given.
+
+        Raises
+        ------
+        RecordNotFoundError
+            If any of them does not exist.
+        InvalidIdError, InvalidRecordError
+            If ids or `out` cannot be used.
+        """
+        self._check_open()
+        wanted = arguments.as_ids(ids)
+        if out is not None:
+            _check_out(out, self._spec, len(wanted))
+        source = self._locate(wanted)
+        if out is None:
+            out = gather_batch(source, self._spec, wanted, "copy").numpy(writable=True)
+        elif len(wanted):
+            copy_into(source, out.reshape(-1).view(np.uint8).reshape(len(wanted), self._spec.nbytes))
+        self._counters.gathered(wanted, out.nbytes, mapped=False)
+        return out
+
+    def multiget_mapped(self, ids: Any, strategy: Strategy = "auto") -> MappedBatch:
+        """Return records as one contiguous tensor, without a copy where their pages can be mapped side by side.
+
+        Parameters
+        ----------
+        ids
+            n integers, in any order, repeats allowed.
+        strategy
+            "map": map or raise; "copy": copy into a warm buffer; "auto": what is quicker.
+
+        Returns
+        -------
+        MappedBatch
+            [n, *shape]; valid until its last view dies, whatever happens to the database.
+
+        Raises
+        ------
+        RecordNotFoundError
+            If any of them does not exist.
+        MappingUnsupportedError
+            If `strategy` is "map" and backend, record size or kernel limits forbid it.
+        InvalidIdError, InvalidOptionError, CorruptionError
+            If ids or strategy cannot be used, or a segment was cut short.
+        """
+        self._check_open()
+        check_strategy(strategy)
+        wanted = arguments.as_ids(ids)
+        batch = gather_batch(self._locate(wanted), self._spec, wanted, strategy)
+        self._counters.gathered(wanted, batch.nbytes, mapped=batch.zero_copy)
+        return batch
+
+    def _locate(self, ids: Ids) -> Source:
+        while True:
+            seen = self._catalog.transaction()
+            locators = self._catalog.committed(ids)["locator"]
+            if self._mode == "r" and seen != self._seen:
+                self._seen, state = self._catalog.backend_state()
+                self._backend.refresh(state)
+            if not isinstance(self._backend, SupportsExtents):
+                backend = self._backend
+                return lambda out: backend.read(locators, out)
+            try:
+                return self._backend.extents(locators)
+            except FileNotFoundError as error:
+                # Compaction in another process may have moved the records between the two looks; without a commit it was not that.
+                if self._catalog.transaction() == seen:
+                    raise CorruptionError(f"a segment of {self._path} is missing ({error}); restore the store from a copy") from error
+
+    def search(
+        self, keys: Any, k: int = 1, *, namespace: str | Sequence[str] = "", max_distance: float | None = None
+    ) -> SearchResult:
+        """Find the nearest stored keys.
+
+        Parameters
+        ----------
+        keys
+            [n, key_dim], float32.
+        k
+            Neighbours per key.
+        namespace
+            Where to look: one name, or one per key. One that nothing was ever put into finds nothing.
+        max_distance
+            Leave out neighbours farther than this (squared L2).
+
+        Returns
+        -------
+        SearchResult
+            ids [n, k], nearest first, -1 where there is none; distances [n, k], squared L2, inf where there is none.
+
+        Raises
+        ------
+        InvalidKeyError
+            If keys are NaN, infinite or of the wrong width, or the store has none.
+        InvalidOptionError
+            If `k`, `namespace` or `max_distance` cannot be used.
+        """
+        self._check_open()
+        if self.key_dim is None:
+            raise InvalidKeyError(f"{self._path} was created without key_dim, so there is nothing to search")
+        wanted = arguments.as_keys(keys, self.key_dim)
+        k = arguments.as_count("k", k)
+        limit = arguments.as_distance(max_distance)
+        names, rows = arguments.as_namespaces(namespace, len(wanted))
+        ids = np.full((len(wanted), k), -1, np.int64)
+        distances = np.full((len(wanted), k), np.inf, np.float32)
+        for number, members in zip(
+            self._catalog.namespace_numbers(names), arguments.grouped(rows, len(names)), strict=True
+        ):
+            if number is not None and len(members):
+                ids[members], distances[members] = self._indexes.search(number, wanted[members], k)
+        _leave_out(ids, distances, (ids >= 0) & ~self._catalog.is_live(np.maximum(ids, 0).reshape(-1)).reshape(ids.shape))
+        _leave_out(ids, distances, distances > limit)
+        self._counters.searches += 1
+        self._counters.keys_searched += len(wanted)
+        return SearchResult(ids, distances)
+
+    def ids(self, namespace: str | None = None) -> Ids:
+        """Return the ids of all records, or of those in one namespace, int64 [n], ascending."""
+        self._check_open()
+        return self._catalog.live(namespace)[0]
+
+    def namespaces(self) -> dict[str, int]:
+        """Return the number of records of each namespace that was ever used."""
+        self._check_open()
+        return self._catalog.namespaces()
+
+    def keys(self, ids: Any) -> np.ndarray[Any, np.dtype[np.float32]]:
+        """Return the keys of records, float32 [n, key_dim].
+
+        Raises
+        ------
+        InvalidKeyError
+            If the store has no keys.
+        RecordNotFoundError
+            If any of the ids does not exist.
+        """
+        self._check_open()
+        if self.key_dim is None:
+            raise InvalidKeyError(f"{self._path} was created without key_dim, so its records have no keys")
+        wanted = arguments.as_ids(ids)
+        distinct, places = np.unique(wanted, return_inverse=True)
+        rows = self._catalog.committed(distinct)
+        if not len(distinct):
+            return np.zeros((0, self.key_dim), np.float32)
+        return self._catalog.keys(distinct, rows)[places]
+
+    def namespace_of(self, ids: Any) -> list[str]:
+        """Return the namespace of each of `ids`."""
+        self._check_open()
+        return self._catalog.names_of(self._catalog.committed(arguments.as_ids(ids))["namespace"])
+
+    def __len__(self) -> int:
+        self._check_open()
+        return self._catalog.counters()[1]
+
+    def __contains__(self, id: object) -> bool:
+        self._check_open()
+        if isinstance(id, (bool, np.bool_)) or not isinstance(id, (int, np.integer)) or not 0 <= id < 1 << 63:
+            return False
+        return bool(self._catalog.is_live(np.array([id], np.int64))[0])
+
+    # --- looking after it ----------------------------------------------------------------------------------------------------------
+
+    def stats(self) -> dict[str, Any]:
+        """Return what the store holds and what this handle did: a JSON-able dict."""
+        self._check_open()
+        next_id, live = self._catalog.counters()
+        if self._mode == "r":
+            self._backend.refresh(self._catalog.backend_state()[1])
+        usage = self._backend.usage()
+        return {
+            "path": os.fspath(self._path),
+            "backend": self.backend_name,
+            "index": self.index_factory,
+            "shape": list(self._spec.shape),
+            "dtype": self._spec.dtype_name,
+            "key_dim": self.key_dim,
+            "max_bytes": self._catalog.settings["max_bytes"],
+            "records": live,
+            "next_id": next_id,
+            "namespaces": len(self._catalog.namespaces()),
+            "bytes_record": self._spec.nbytes,
+            "bytes_logical": live * self._spec.nbytes,
+            "bytes_on_store": usage.bytes_on_store,
+            "bytes_catalog": self._catalog.usage(),
+            "huge_page_share": usage.huge_bytes / usage.bytes_on_store if usage.bytes_on_store else 0.0,
+            "huge_page_note": usage.huge_note,
+            "indexes_loaded": self._indexes.loaded(),
+            **self._counters.to_dict(),
+        }
+
+    def verify(self, progress: Progress | None = None) -> list[Problem]:
+        """Read every record back against its checksum, and every key; return what is wrong, [] when the store is sound.
+
+        Parameters
+        ----------
+        progress
+            Called with (records done, records to do).
+        """
+        from memodb.verify import verify
+
+        self._check_open()
+        return verify(self, self._catalog, progress)
+
+
+class _RestoringOnError:
+    """Around a write: if it fails, the backend goes back to what the catalog says is committed."""
+
+    def __init__(self, db: MemoDB) -> None:
+        self._db = db
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        db = self._db
+        if error is None:
+            return
+        if isinstance(error, OSError) and not isinstance(error, StoreFullError):
+            db._failed = error  # after a failed fsync nobody knows what the device holds: never retried
+        db._backend.restore(db._catalog.backend_state()[1])
+
+
+_HANDLES: weakref.WeakSet[MemoDB] = weakref.WeakSet()
+
+
+def _after_fork_in_child() -> None:
+    for db in list(_HANDLES):
+        db._after_fork()
+
+
+os.register_at_fork(after_in_child=_after_fork_in_child)
+
+
+def _check_index(index: str, key_dim: int | None) -> str:
+    if index == "auto" or key_dim is None:
+        return "auto" if key_dim is None else index
+    from memodb.index.faiss import check_factory  # faiss takes a while to import
+
+    return check_factory(index, key_dim)
+
+
+def _check_out(out: Any, spec: RecordSpec, n: int) -> None:
+    good = isinstance(out, np.ndarray) and out.shape == spec.batch_shape(n) and out.dtype == spec.dtype
+    if not good or not out.flags.c_contiguous or not out.flags.writeable:
+        found = f"{out.dtype} {list(out.shape)}" if isinstance(out, np.ndarray) else type(out).__name__
+        raise InvalidRecordError(f"out must be a writable C-contiguous {spec.dtype_name} array {list(spec.batch_shape(n))}, found {found}")
+
+
+def _leave_out(ids: Ids, distances: np.ndarray[Any, np.dtype[np.float32]], unwanted: np.ndarray[Any, np.dtype[np.bool_]]) -> None:
+    if unwanted.any():
+        ids[unwanted], distances[unwanted] = -1, np.inf
+        order = np.argsort(ids < 0, axis=1, kind="stable")
+        ids[:], distances[:] = np.take_along_axis(ids, order, 1), np.take_along_axis(distances, order, 1)
+
+
+def _claim(path: Path) -> WriterLock:
+    """Make the directory of a new store and take its lock; refuse where anything lives already."""
+    exists = StoreExistsError(f"{path} exists already; open it with memodb.MemoDB.open, or choose another path")
+    if path.exists():
+        if not path.is_dir() or not {entry.name for entry in path.iterdir()} <= _OURS:
+            raise exists
+        if _is_complete(path):
+            raise exists
+    path.mkdir(parents=True, exist_ok=True)
+    lock = WriterLock(path / "writer.lock")
+    if _is_complete(path):
+        lock.release()
+        raise exists
+    _remove_ours(path, keep="writer.lock")
+    return lock
+
+
+def _is_complete(path: Path) -> bool:
+    """Tell whether there is a store (a creation that was cut off leaves one without settings)."""
+    try:
+        Catalog(path / "catalog").close()
+    except StoreNotFoundError:
+        return False
+    except MemoDBError:
+        return True
+    return True
+
+
+def _remove_ours(path: Path, keep: str = "") -> None:
+    for name in _OURS - {keep}:
+        victim = path / name
+        if victim.is_dir():
+            shutil.rmtree(victim, ignore_errors=True)
+        else:
+            victim.unlink(missing_ok=True)

@@ -1,0 +1,46 @@
+"""Where record bytes lie: the one shape in which backends tell the gather."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+
+
+class SegmentView(Protocol):
+    """One open file that holds record bytes. It stays open and mapped for as long as the object lives."""
+
+    @property
+    def fd(self) -> int:
+        """Descriptor of the file, open for reading."""
+
+    @property
+    def huge(self) -> bool:
+        """Whether its pages are huge pages."""
+
+    def view(self, nbytes: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
+        """Return the first `nbytes` of the file, read-only; raise `CorruptionError` if it is shorter."""
+
+
+@dataclass(frozen=True, slots=True)
+class Extents:
+    """Where each of n records lies.
+
+    Parameters
+    ----------
+    segments
+        The files concerned; holding them keeps their mappings and descriptors alive.
+    segment
+        int64 [n], index into `segments`.
+    offset
+        int64 [n], byte offset of the record in that file.
+    """
+
+    segments: Sequence[SegmentView]
+    segment: np.ndarray[Any, np.dtype[np.int64]]
+    offset: np.ndarray[Any, np.dtype[np.int64]]
+
+    def __len__(self) -> int:
+        return len(self.offset)

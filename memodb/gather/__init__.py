@@ -1,0 +1,1 @@
+"""The gather: n scattered records become one contiguous tensor, by mapping their pages side by side, or by a warm copy."""

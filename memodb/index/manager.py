@@ -1,0 +1,222 @@
+"""The indexes of all namespaces of a store: caught up with the catalog at a search, saved as files, rebuilt when in doubt.
+
+A saved file is ``magic | format | CRC-32C of the rest | label length | label (store and factory) | index bytes``. Only indexes that took long to build are
+saved: small namespaces are searched exactly, straight from the catalog's keys.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import struct
+import threading
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from memodb.checksum import crc32c
+from memodb.index.base import Distances, Ids, Keys, VectorIndex
+
+log = logging.getLogger(__name__)
+_HEAD = struct.Struct("<4sHIH")
+_MAGIC, _FORMAT = b"MDBI", 1
+#: A writer saves an index again once it grew by this share since it was last saved.
+_SAVE_GROWTH = 0.5
+
+
+class Change(Protocol):
+    """One entry of a namespace's journal."""
+
+    @property
+    def sequence(self) -> int:
+        """Position in the journal."""
+
+    @property
+    def ids(self) -> Ids:
+        """Ids concerned."""
+
+    @property
+    def keys(self) -> Keys | None:
+        """Keys added, or None for a deletion."""
+
+
+class KeySource(Protocol):
+    """What an index follows (the catalog)."""
+
+    def journal(self, number: int, after: int) -> Sequence[Any]:
+        """Return the changes of a namespace after a sequence number, in order."""
+
+    def transaction(self) -> int:
+        """Return the number of the last committed transaction."""
+
+    def last_sequence(self) -> int:
+        """Return the number of the last journal entry of any namespace."""
+
+
+class IndexSet:
+    """All namespaces' indexes of one open store, by namespace number.
+
+    Parameters
+    ----------
+    path
+        Directory of the saved indexes.
+    source
+        The keys.
+    key_dim
+        Width of a key.
+    factory
+        faiss factory string, or "auto".
+    owner
+        Name of the store that saved files must bear, so that another store's file is never taken for this one's.
+    writable
+        Whether to save (the writer does).
+    """
+
+    def __init__(
+        self, path: Path, source: KeySource, key_dim: int, factory: str, *, owner: str, writable: bool
+    ) -> None:
+        self._path = path
+        self._source = source
+        self._dim = key_dim
+        self._factory = factory
+        self._owner = owner
+        self._writable = writable
+        self._indexes: dict[int, VectorIndex] = {}
+        self._seen: dict[int, int] = {}
+        self._saved: dict[int, int] = {}
+        self._grown: dict[int, int] = {}
+        self._lock = threading.RLock()
+
+    def after_fork(self) -> None:
+        """Go on in a forked child: never save; read anew what another thread was changing when the process forked."""
+        undisturbed = self._lock.acquire(blocking=False)
+        self._lock = threading.RLock()
+        self._writable = False
+        if not undisturbed:
+            self._indexes.clear()
+            self._seen.clear()
+
+    def note_added(self, numbers: Iterable[int], counts: Iterable[int]) -> None:
+        """Writer: remember which namespaces grew, for `save`."""
+        for number, count in zip(numbers, counts, strict=True):
+            self._grown[number] = self._grown.get(number, 0) + count
+
+    def search(self, number: int, keys: Keys, k: int) -> tuple[Ids, Distances]:
+        """Search one namespace (see `VectorIndex.search`), knowing everything committed when the search began."""
+        with self._lock:
+            return self._current(number).search(keys, k)
+
+    def _current(self, number: int) -> VectorIndex:
+        transaction = self._source.transaction()
+        index = self._indexes.get(number)
+        if index is not None and self._seen[number] >= transaction:
+            return index
+        if index is None:
+            index = self._load(number)
+            if index is None:
+                index = self._new()
+            self._indexes[number] = index
+        pending_ids: list[Ids] = []
+        pending_keys: list[Keys] = []
+
+        def flush() -> None:
+            if pending_ids:
+                index.add(np.concatenate(pending_ids), np.concatenate(pending_keys))
+                pending_ids.clear()
+                pending_keys.clear()
+
+        sequence = index.sequence
+        for change in self._source.journal(number, sequence):
+            if change.keys is None:
+                flush()
+                index.remove(change.ids)
+            else:
+                pending_ids.append(change.ids)
+                pending_keys.append(change.keys)
+            sequence = change.sequence
+        flush()
+        index.sequence = sequence
+        self._seen[number] = transaction
+        if self._writable and index.worth_saving and len(index) > (1 + _SAVE_GROWTH) * self._saved.get(number, 0):
+            self._save(number, index)
+        return index
+
+    def _new(self) -> VectorIndex:
+        from memodb.index.faiss import FaissIndex  # faiss takes a while to import: only when something is searched
+
+        return FaissIndex(self._dim, self._factory)
+
+    def _file(self, number: int) -> Path:
+        return self._path / f"{number:08d}.index"
+
+    def _label(self) -> bytes:
+        return f"{self._owner} {self._factory}".encode()
+
+    def _load(self, number: int) -> VectorIndex | None:
+        from memodb.index.faiss import FaissIndex
+
+        file = self._file(number)
+        try:
+            data = file.read_bytes()
+        except OSError:
+            return None
+        try:
+            magic, version, checksum, length = _HEAD.unpack_from(data)
+            body = data[_HEAD.size :]
+            if (magic, version) != (_MAGIC, _FORMAT) or crc32c(body) != checksum:
+                raise ValueError("its checksum or format does not match")
+            if body[:length] != self._label():
+                return None
+            index = FaissIndex.deserialize(body[length:], self._dim, self._factory)
+            if index.sequence > self._source.last_sequence():
+                return None  # the catalog was put back to an earlier day
+        except (struct.error, ValueError) as error:
+            log.warning("saved index %s is damaged (%s); building it again from the catalog", file, error)
+            return None
+        self._saved[number] = len(index)
+        return index
+
+    def _save(self, number: int, index: VectorIndex) -> None:
+        name = self._label()
+        body = name + index.serialize()
+        data = _HEAD.pack(_MAGIC, _FORMAT, crc32c(body), len(name)) + body
+        temporary = self._file(number).with_suffix(f".{os.getpid()}.tmp")
+        try:
+            self._path.mkdir(exist_ok=True)
+            temporary.write_bytes(data)
+            temporary.replace(self._file(number))
+        except OSError as error:  # derived data: a full disk must not fail a search
+            log.warning("index of namespace %d could not be saved: %s", number, error)
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
+            return
+        self._saved[number] = len(index)
+        self._grown.pop(number, None)
+
+    def save(self, large: int) -> None:
+        """Writer: bring namespaces that grew by at least `large` keys, or whose index is in memory, up to date and save them."""
+        with self._lock:
+            for number, count in list(self._grown.items()):
+                if count >= large or number in self._indexes or self._file(number).exists():
+                    index = self._current(number)
+                    if index.worth_saving and number in self._grown:
+                        self._save(number, index)
+
+    def rebuild(self, factory: str, numbers: Iterable[int]) -> None:
+        """Forget every index, in memory and saved, take a new factory, and build those of `numbers` at once."""
+        with self._lock:
+            self._factory = factory
+            self._indexes.clear()
+            self._seen.clear()
+            self._saved.clear()
+            for file in self._path.glob("*.index"):
+                file.unlink(missing_ok=True)
+            for number in numbers:
+                self._current(number)
+
+    def loaded(self) -> int:
+        """Return how many namespaces' indexes are in memory."""
+        return len(self._indexes)

@@ -1,0 +1,24 @@
+"""What `MemoDB.verify` reports."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that `MemoDB.verify` found wrong.
+
+    Parameters
+    ----------
+    kind
+        "checksum" (bytes changed), "segment" (bytes missing) or "keys" (a key damaged or missing).
+    message
+        What is wrong, where, and what to do.
+    id
+        The record concerned, None where it is more than one.
+    """
+
+    kind: str
+    message: str
+    id: int | None = None

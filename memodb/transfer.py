@@ -1,0 +1,84 @@
+"""Copying a store into another: the way between backends, and from one machine's layout to another's."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from memodb import arguments
+from memodb.database import MemoDB
+
+_CHUNK_BYTES = 64 << 20
+
+
+def copy(
+    src_path: str | os.PathLike[str],
+    dst_path: str | os.PathLike[str],
+    *,
+    backend: str = "arena",
+    index: str | None = None,
+    max_bytes: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+    **options: Any,
+) -> None:
+    """Copy a store, record by record, into a new one; ids, keys and namespaces are kept.
+
+    Parameters
+    ----------
+    src_path, dst_path
+        Directories; the destination must not exist. What is copied are the records that live when the copy begins.
+    backend
+        Backend of the copy.
+    index
+        Index factory of the copy; None keeps the source's.
+    max_bytes
+        Limit of the copy.
+    progress
+        Called with (records done, records to do).
+    **options
+        Options of the copy's backend.
+
+    Raises
+    ------
+    StoreNotFoundError, StoreExistsError
+        If there is no source, or something at the destination.
+    MemoDBError
+        If a record cannot be read or written; the unfinished copy is removed then.
+    """
+    with MemoDB.open(src_path) as src:
+        dst = MemoDB.create(
+            dst_path,
+            shape=src.spec.shape,
+            dtype=src.spec.dtype,
+            key_dim=src.key_dim,
+            backend=backend,
+            index=src.index_factory if index is None else index,
+            max_bytes=max_bytes,
+            **options,
+        )
+        try:
+            with dst:
+                _copy_records(src, dst, progress)
+        except BaseException:
+            shutil.rmtree(dst.path, ignore_errors=True)
+            raise
+
+
+def _copy_records(src: MemoDB, dst: MemoDB, progress: Callable[[int, int], None] | None) -> None:
+    next_id = src.stats()["next_id"]
+    ids = src.ids()
+    step = max(1, _CHUNK_BYTES // src.spec.nbytes)
+    for start in range(0, len(ids), step):
+        part = ids[start : start + step]
+        part = part[src._catalog.is_live(part)]  # deleted meanwhile by a writer elsewhere
+        names, rows = arguments.as_namespaces(src.namespace_of(part), len(part))
+        keys = None if src.key_dim is None else src.keys(part)
+        with src.multiget_mapped(part) as batch:
+            dst._store(batch.numpy(), keys, names, rows, part)
+        if progress is not None:
+            progress(min(start + step, len(ids)), len(ids))
+    dst._catalog.advance(max(next_id, int(np.max(ids, initial=-1)) + 1))
