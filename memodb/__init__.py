@@ -1,9 +1,11 @@
 """memodb: a memo database for large tensors. It trades big memory for computation.
 
-``MemoDB.open(path).multiget_mapped(ids)`` fetches many scattered records as one contiguous tensor, without a copy where pages can be mapped.
+``MemoDB.open(path).multiget_mapped(ids)`` fetches many scattered records as one contiguous tensor, without a copy where
+pages can be mapped.
 """
 
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError as _PackageNotFoundError
+from importlib.metadata import version as _version
 
 from memodb.backends.registry import BackendInfo, backends
 from memodb.database import MemoDB, SearchResult
@@ -33,8 +35,8 @@ from memodb.record import RecordSpec
 from memodb.transfer import copy
 
 try:
-    __version__ = version("memodb")
-except PackageNotFoundError:  # run from a source tree that was never installed
+    __version__ = _version("memodb")
+except _PackageNotFoundError:  # run from a source tree that was never installed
     __version__ = "0+unknown"
 
 __all__ = [

@@ -1,4 +1,7 @@
-"""Checks of what callers pass in. They run before anything is changed, and say what was expected, what was found, what to do."""
+"""Checks of what callers pass in.
+
+They run before anything is changed, and say what was expected, what was found, what to do.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +49,9 @@ def as_ids(ids: Any) -> Ids:
         if array.ndim == 1 and array.size == 0:
             return np.zeros(0, np.int64)
         if array.ndim != 1 or array.dtype.kind not in "iu":
-            raise InvalidIdError(f"ids must be a one-dimensional array of integers, found {array.dtype} {list(array.shape)}")
+            raise InvalidIdError(
+                f"ids must be a one-dimensional array of integers, found {array.dtype} {list(array.shape)}"
+            )
         if array.dtype.kind == "u" and array.dtype.itemsize == 8 and (array > np.iinfo(np.int64).max).any():
             raise InvalidIdError(f"ids must fit a signed 64-bit integer, found {array.max()}")
         array = array.astype(np.int64, copy=False)
@@ -66,7 +71,11 @@ def as_keys(keys: Any, key_dim: int, n: int | None = None) -> np.ndarray[Any, np
     if keys is None:
         raise InvalidKeyError(f"keys are missing: the store has key_dim={key_dim}, pass keys [n, {key_dim}]")
     try:
-        array = np.ascontiguousarray(to_numpy(keys, np.dtype(np.float32)), np.float32)
+        given = to_numpy(keys, np.dtype(np.float32))
+        if given.dtype.kind == "c":
+            raise TypeError("they are complex numbers")
+        with np.errstate(over="ignore"):  # what overflows float32 becomes infinite, and is refused below
+            array = np.ascontiguousarray(given, np.float32)
     except (ValueError, TypeError) as error:
         raise InvalidKeyError(f"keys cannot be read as float32 [n, {key_dim}]: {error}") from error
     if array.ndim != 2 or array.shape[1] != key_dim:
@@ -124,10 +133,7 @@ def as_distance(value: Any) -> float:
     """
     if value is None:
         return float("inf")
-    try:
-        limit = float(value)
-    except (TypeError, ValueError) as error:
-        raise InvalidOptionError(f"max_distance must be a number (squared L2), found {value!r}") from error
-    if not limit >= 0:
-        raise InvalidOptionError(f"max_distance must be at least 0 (squared L2), found {value!r}")
-    return limit
+    number = isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
+    if not number or not value >= 0:
+        raise InvalidOptionError(f"max_distance must be a number of at least 0 (squared L2), found {value!r}")
+    return float(value)

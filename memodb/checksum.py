@@ -13,7 +13,11 @@ _PIECE = 16 << 20
 
 def crc32c(data: Any) -> int:
     """Return the CRC-32C (Castagnoli, RFC 3720) of a C-contiguous array or bytes."""
-    flat = np.frombuffer(data, np.uint8) if isinstance(data, (bytes, bytearray, memoryview)) else data.reshape(-1).view(np.uint8)
+    flat = (
+        np.frombuffer(data, np.uint8)
+        if isinstance(data, (bytes, bytearray, memoryview))
+        else data.reshape(-1).view(np.uint8)
+    )
     value = 0
     for start in range(0, flat.size, _PIECE):
         value = google_crc32c.extend(value, flat[start : start + _PIECE])

@@ -4,52 +4,35 @@ from __future__ import annotations
 
 import os
 import secrets
-import shutil
-import threading
-import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Any, Literal, NamedTuple, Self
 
 import numpy as np
 
-from memodb import arguments, interop
+from memodb import arguments, interop, layout
 from memodb.backends import registry
-from memodb.backends.base import SupportsExtents, ValueBackend
-from memodb.catalog import Catalog
 from memodb.checksum import record_checksums
-from memodb.counters import Counters
 from memodb.errors import (
-    ClosedError,
-    CorruptionError,
     InvalidKeyError,
     InvalidOptionError,
     InvalidRecordError,
-    MemoDBError,
-    ReadOnlyError,
-    StoreExistsError,
     StoreFullError,
     StoreNotFoundError,
 )
 from memodb.gather.batch import MappedBatch
-from memodb.gather.gather import Source, check_strategy, closed, copy_into, gather_batch, opened
+from memodb.gather.gather import check_strategy, copy_into, gather_batch
 from memodb.gather.plan import Strategy
-from memodb.index.manager import IndexSet
+from memodb.handle import INDEX_AT_CLOSE, Handle, RestoringOnError
 from memodb.lock import WriterLock
 from memodb.problem import Problem
 from memodb.record import RecordSpec
 
 Ids = np.ndarray[Any, np.dtype[np.int64]]
 Progress = Callable[[int, int], None]
-_OURS = {"catalog", "values", "index", "writer.lock"}
-#: A namespace is indexed at close if it grew by so many keys: up to there a reader's exact search is quick anyway.
-_INDEX_AT_CLOSE = 10_000
 
 
-@dataclass(frozen=True)
-class SearchResult:
+class SearchResult(NamedTuple):
     """What a search found.
 
     Parameters
@@ -64,11 +47,12 @@ class SearchResult:
     distances: np.ndarray[Any, np.dtype[np.float32]]
 
 
-class MemoDB:
+class MemoDB(Handle):
     """A store of equal-shaped records, fetched many at a time as one contiguous tensor.
 
-    Get one from `MemoDB.create` or `MemoDB.open`. One handle at a time writes, in any process; any number read, and see each committed put at
-    their next call. A handle is a context manager; it may be used by several threads, forked (the child reads), and pickled (the copy reads).
+    Get one from `MemoDB.create` or `MemoDB.open`. One handle at a time writes, in any process; any number read, and see
+    each committed put at their next call. A handle is a context manager; it may be used by several threads, forked (the
+    child reads), and pickled (the copy reads).
 
     Examples
     --------
@@ -80,37 +64,7 @@ class MemoDB:
     (3, 16, 64)
     """
 
-    def __init__(
-        self, path: Path, mode: Literal["r", "r+"], lock: WriterLock | None, settings: dict[str, Any] | None = None
-    ) -> None:
-        self._path = path
-        self._mode: Literal["r", "r+"] = mode
-        self._lock = threading.RLock()
-        self._writer_lock = lock
-        self._failed: Exception | None = None
-        self._closed = True
-        self._counters = Counters()
-        self._seen = -1
-        self._catalog = Catalog(path / "catalog", create_with=settings)
-        try:
-            stored = self._catalog.settings
-            self._spec = RecordSpec.of(stored["shape"], stored["dtype"])
-            self._backend: ValueBackend = registry.load(stored["backend"])(
-                path / "values", self._spec, stored["options"], writable=mode == "r+"
-            )
-            if mode == "r+":
-                self._backend.restore(self._catalog.backend_state()[1])
-        except BaseException:
-            self._catalog.close()
-            raise
-        self._indexes = IndexSet(
-            path / "index", self._catalog, stored["key_dim"] or 0, stored["index"], owner=stored["uid"], writable=mode == "r+"
-        )
-        self._closed = False
-        opened()
-        _HANDLES.add(self)
-
-    # --- opening and closing -------------------------------------------------------------------------------------------------------
+    # --- opening and closing ---
 
     @classmethod
     def create(
@@ -138,7 +92,8 @@ class MemoDB:
         backend
             Name of the backend that holds the records (see `memodb.backends`).
         index
-            faiss factory string ("Flat", "HNSW32", "IVF1024,PQ32", ...), or "auto": exact while a namespace is small, HNSW32 beyond.
+            faiss factory string ("Flat", "HNSW32", "IVF1024,PQ32", ...), or "auto": exact while a namespace is small,
+            HNSW32 beyond.
         max_bytes
             Bytes that records and catalog may take together; None for no limit.
         **backend_options
@@ -164,12 +119,12 @@ class MemoDB:
             "index": _check_index(index, key_dim),
             "max_bytes": None if max_bytes is None else arguments.as_count("max_bytes", max_bytes),
         }
-        lock = _claim(where)
+        lock = layout.claim(where)
         try:
             return cls(where, "r+", lock, settings)
         except BaseException:
+            layout.remove(where, keep=layout.LOCK)  # while nobody else can be making a store here
             lock.release()
-            _remove_ours(where)
             raise
 
     @classmethod
@@ -195,9 +150,9 @@ class MemoDB:
         where = Path(path).absolute()
         if mode not in ("r", "r+"):
             raise InvalidOptionError(f"mode must be 'r' or 'r+', found {mode!r}; a new store is made by create()")
-        if not (where / "catalog" / "data.mdb").exists():
+        if not (where / layout.CATALOG / "data.mdb").exists():
             raise StoreNotFoundError(f"{where} holds no memodb store; memodb.MemoDB.create makes one")
-        lock = WriterLock(where / "writer.lock") if mode == "r+" else None
+        lock = WriterLock(where / layout.LOCK) if mode == "r+" else None
         try:
             return cls(where, mode, lock)
         except BaseException:
@@ -205,103 +160,10 @@ class MemoDB:
                 lock.release()
             raise
 
-    def close(self) -> None:
-        """Close the store (a writer saves its large indexes first). Batches already handed out stay valid. Closing twice is fine."""
-        with self._lock:
-            if not self._closed and self._mode == "r+" and self.key_dim:
-                self._indexes.save(_INDEX_AT_CLOSE)
-            self._shut()
-
-    def _shut(self) -> None:
-        if self._closed:
-            return
-        self._closed = True
-        _HANDLES.discard(self)
-        self._backend.close()
-        self._catalog.close()
-        if self._writer_lock is not None:
-            self._writer_lock.release()
-        closed()
-
-    def __del__(self) -> None:
-        if not getattr(self, "_closed", True):
-            self._shut()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
     def __reduce__(self) -> tuple[Any, ...]:
         return MemoDB.open, (os.fspath(self._path), "r")
 
-    def __repr__(self) -> str:
-        state = "closed" if self._closed else self._mode
-        return f"<MemoDB {os.fspath(self._path)!r} {self._spec}, {self.backend_name}, {state}>"
-
-    def _after_fork(self) -> None:
-        self._mode, self._writer_lock = "r", None
-        self._lock = threading.RLock()
-        self._catalog.renew_locks()
-        self._indexes.after_fork()
-        self._backend.after_fork()
-
-    # --- what it is ----------------------------------------------------------------------------------------------------------------
-
-    @property
-    def path(self) -> Path:
-        """Directory of the store."""
-        return self._path
-
-    @property
-    def mode(self) -> str:
-        """Either "r" or "r+"; "r" in a forked child."""
-        return self._mode
-
-    @property
-    def spec(self) -> RecordSpec:
-        """Shape and dtype of one record."""
-        return self._spec
-
-    @property
-    def key_dim(self) -> int | None:
-        """Width of the keys, None if records have none."""
-        width: int | None = self._catalog.settings["key_dim"]
-        return width
-
-    @property
-    def backend_name(self) -> str:
-        """Name of the backend."""
-        return str(self._catalog.settings["backend"])
-
-    @property
-    def index_factory(self) -> str:
-        """The faiss factory string of the index, or "auto"."""
-        return str(self._catalog.settings["index"])
-
-    @property
-    def closed(self) -> bool:
-        """Whether the handle was closed."""
-        return self._closed
-
-    def _check_open(self) -> None:
-        if self._closed:
-            raise ClosedError(f"the database {self._path} is closed; open it again with MemoDB.open")
-
-    def _check_writable(self) -> None:
-        self._check_open()
-        if self._mode != "r+":
-            raise ReadOnlyError(f"{self._path} is open for reading (a forked or unpickled handle always is); open it with mode='r+'")
-        if self._failed is not None:
-            raise ReadOnlyError(
-                f"an earlier write to {self._path} failed in the device ({self._failed}), so nothing more is written through this handle; "
-                "check the device, then close and open the store"
-            )
-
-    # --- writing -------------------------------------------------------------------------------------------------------------------
+    # --- writing ---
 
     def put(self, values: Any, keys: Any = None, *, namespace: str | Sequence[str] = "") -> Ids:
         """Store records, all or none.
@@ -354,7 +216,7 @@ class MemoDB:
             return np.zeros(0, np.int64)
         with self._lock:
             self._check_room(len(records))
-            with _RestoringOnError(self):
+            with RestoringOnError(self):
                 locators = self._backend.append(records)
                 self._backend.sync()
                 sums = record_checksums(records)
@@ -374,8 +236,8 @@ class MemoDB:
         more = self._backend.append_bytes(n)
         if used + more > limit:
             raise StoreFullError(
-                f"{n} records need {more} more bytes; {self._path} holds {used} of max_bytes={limit}; delete records and compact(), or "
-                "create a store with a larger max_bytes"
+                f"{n} records need {more} more bytes; {self._path} holds {used} of max_bytes={limit}; delete "
+                "records and compact(), or create a store with a larger max_bytes"
             )
 
     def delete(self, ids: Any) -> None:
@@ -418,7 +280,7 @@ class MemoDB:
             live_ids, rows = self._catalog.live()
             victims = self._backend.victims(rows["locator"])
             for done, victim in enumerate(victims):
-                with _RestoringOnError(self):
+                with RestoringOnError(self):
                     moved = self._backend.rewrite(victim.token, rows["locator"][victim.members])
                     self._backend.sync()
                     self._catalog.relocate(live_ids[victim.members], moved, self._backend.state())
@@ -441,10 +303,10 @@ class MemoDB:
         with self._lock:
             self._catalog.change_settings(index=factory)
             numbers = self._catalog.namespaces()
-            large = [name for name, count in numbers.items() if count > _INDEX_AT_CLOSE]
+            large = [name for name, count in numbers.items() if count > INDEX_AT_CLOSE]
             self._indexes.rebuild(factory, [n for n in self._catalog.namespace_numbers(large) if n is not None])
 
-    # --- reading -------------------------------------------------------------------------------------------------------------------
+    # --- reading ---
 
     def multiget(self, ids: Any, out: np.ndarray[Any, Any] | None = None) -> np.ndarray[Any, Any]:
         """Return a copy of records as one numpy array.
@@ -511,23 +373,6 @@ class MemoDB:
         self._counters.gathered(wanted, batch.nbytes, mapped=batch.zero_copy)
         return batch
 
-    def _locate(self, ids: Ids) -> Source:
-        while True:
-            seen = self._catalog.transaction()
-            locators = self._catalog.committed(ids)["locator"]
-            if self._mode == "r" and seen != self._seen:
-                self._seen, state = self._catalog.backend_state()
-                self._backend.refresh(state)
-            if not isinstance(self._backend, SupportsExtents):
-                backend = self._backend
-                return lambda out: backend.read(locators, out)
-            try:
-                return self._backend.extents(locators)
-            except FileNotFoundError as error:
-                # Compaction in another process may have moved the records between the two looks; without a commit it was not that.
-                if self._catalog.transaction() == seen:
-                    raise CorruptionError(f"a segment of {self._path} is missing ({error}); restore the store from a copy") from error
-
     def search(
         self, keys: Any, k: int = 1, *, namespace: str | Sequence[str] = "", max_distance: float | None = None
     ) -> SearchResult:
@@ -570,7 +415,9 @@ class MemoDB:
         ):
             if number is not None and len(members):
                 ids[members], distances[members] = self._indexes.search(number, wanted[members], k)
-        _leave_out(ids, distances, (ids >= 0) & ~self._catalog.is_live(np.maximum(ids, 0).reshape(-1)).reshape(ids.shape))
+        _leave_out(
+            ids, distances, (ids >= 0) & ~self._catalog.is_live(np.maximum(ids, 0).reshape(-1)).reshape(ids.shape)
+        )
         _leave_out(ids, distances, distances > limit)
         self._counters.searches += 1
         self._counters.keys_searched += len(wanted)
@@ -621,7 +468,7 @@ class MemoDB:
             return False
         return bool(self._catalog.is_live(np.array([id], np.int64))[0])
 
-    # --- looking after it ----------------------------------------------------------------------------------------------------------
+    # --- looking after it ---
 
     def stats(self) -> dict[str, Any]:
         """Return what the store holds and what this handle did: a JSON-able dict."""
@@ -665,35 +512,6 @@ class MemoDB:
         return verify(self, self._catalog, progress)
 
 
-class _RestoringOnError:
-    """Around a write: if it fails, the backend goes back to what the catalog says is committed."""
-
-    def __init__(self, db: MemoDB) -> None:
-        self._db = db
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        db = self._db
-        if error is None:
-            return
-        if isinstance(error, OSError) and not isinstance(error, StoreFullError):
-            db._failed = error  # after a failed fsync nobody knows what the device holds: never retried
-        db._backend.restore(db._catalog.backend_state()[1])
-
-
-_HANDLES: weakref.WeakSet[MemoDB] = weakref.WeakSet()
-
-
-def _after_fork_in_child() -> None:
-    for db in list(_HANDLES):
-        db._after_fork()
-
-
-os.register_at_fork(after_in_child=_after_fork_in_child)
-
-
 def _check_index(index: str, key_dim: int | None) -> str:
     if index == "auto" or key_dim is None:
         return "auto" if key_dim is None else index
@@ -706,48 +524,15 @@ def _check_out(out: Any, spec: RecordSpec, n: int) -> None:
     good = isinstance(out, np.ndarray) and out.shape == spec.batch_shape(n) and out.dtype == spec.dtype
     if not good or not out.flags.c_contiguous or not out.flags.writeable:
         found = f"{out.dtype} {list(out.shape)}" if isinstance(out, np.ndarray) else type(out).__name__
-        raise InvalidRecordError(f"out must be a writable C-contiguous {spec.dtype_name} array {list(spec.batch_shape(n))}, found {found}")
+        raise InvalidRecordError(
+            f"out must be a writable C-contiguous {spec.dtype_name} array {list(spec.batch_shape(n))}, found {found}"
+        )
 
 
-def _leave_out(ids: Ids, distances: np.ndarray[Any, np.dtype[np.float32]], unwanted: np.ndarray[Any, np.dtype[np.bool_]]) -> None:
+def _leave_out(
+    ids: Ids, distances: np.ndarray[Any, np.dtype[np.float32]], unwanted: np.ndarray[Any, np.dtype[np.bool_]]
+) -> None:
     if unwanted.any():
         ids[unwanted], distances[unwanted] = -1, np.inf
         order = np.argsort(ids < 0, axis=1, kind="stable")
         ids[:], distances[:] = np.take_along_axis(ids, order, 1), np.take_along_axis(distances, order, 1)
-
-
-def _claim(path: Path) -> WriterLock:
-    """Make the directory of a new store and take its lock; refuse where anything lives already."""
-    exists = StoreExistsError(f"{path} exists already; open it with memodb.MemoDB.open, or choose another path")
-    if path.exists():
-        if not path.is_dir() or not {entry.name for entry in path.iterdir()} <= _OURS:
-            raise exists
-        if _is_complete(path):
-            raise exists
-    path.mkdir(parents=True, exist_ok=True)
-    lock = WriterLock(path / "writer.lock")
-    if _is_complete(path):
-        lock.release()
-        raise exists
-    _remove_ours(path, keep="writer.lock")
-    return lock
-
-
-def _is_complete(path: Path) -> bool:
-    """Tell whether there is a store (a creation that was cut off leaves one without settings)."""
-    try:
-        Catalog(path / "catalog").close()
-    except StoreNotFoundError:
-        return False
-    except MemoDBError:
-        return True
-    return True
-
-
-def _remove_ours(path: Path, keep: str = "") -> None:
-    for name in _OURS - {keep}:
-        victim = path / name
-        if victim.is_dir():
-            shutil.rmtree(victim, ignore_errors=True)
-        else:
-            victim.unlink(missing_ok=True)

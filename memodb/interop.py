@@ -38,8 +38,8 @@ _get_pointer.argtypes = [ctypes.py_object, ctypes.c_char_p]
 def to_dlpack(array: np.ndarray[Any, Any], *, stream: Any, max_version: Any, dl_device: Any, copy: bool | None) -> Any:
     """Return a DLPack capsule of `array`.
 
-    numpy makes (and frees) the capsule; for dtypes that it cannot name, the capsule of the same-width integers gets its type code corrected,
-    which keeps the deleter in C, callable from any thread at any time.
+    numpy makes (and frees) the capsule; for dtypes that it cannot name, the capsule of the same-width integers gets its
+    type code corrected, which keeps the deleter in C, callable from any thread at any time.
     """
     code = _DLPACK_CODES.get(array.dtype.name)
     plain = array if code is None else array.view(_INTEGER_OF_WIDTH[array.dtype.itemsize])
@@ -99,7 +99,9 @@ def to_numpy(values: Any, dtype: np.dtype[Any] | None = None) -> np.ndarray[Any,
             return np.from_dlpack(values)
         return np.asarray(values, dtype)
     except (TypeError, ValueError, RuntimeError, BufferError) as error:
-        raise InvalidRecordError(f"values of type {type(values).__name__} cannot be read as an array: {error}") from error
+        raise InvalidRecordError(
+            f"values of type {type(values).__name__} cannot be read as an array: {error}"
+        ) from error
 
 
 def _from_torch(torch: Any, tensor: Any) -> np.ndarray[Any, Any]:

@@ -1,7 +1,8 @@
 """The writer's lock: one writer per store, across processes, freed by the kernel when its holder dies.
 
-A POSIX record lock (fcntl(2)): unlike flock(2) it is not shared with forked children, and the kernel names its holder. It is per process and
-lost when the process closes ANY descriptor of the file, so this module alone opens the file, and remembers what this process holds.
+A POSIX record lock (fcntl(2)): unlike flock(2) it is not shared with forked children, and the kernel names its holder.
+It is per process and lost when the process closes ANY descriptor of the file, so this module alone opens the file, and
+remembers what this process holds.
 """
 
 from __future__ import annotations
@@ -52,11 +53,15 @@ class WriterLock:
             try:
                 fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
             except PermissionError as error:
-                raise StoreAccessError(f"{path} cannot be written: {error.strerror}; open the store with mode='r'") from error
+                raise StoreAccessError(
+                    f"{path} cannot be written: {error.strerror}; open the store with mode='r'"
+                ) from error
             try:
                 fcntl.fcntl(fd, fcntl.F_SETLK, _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0))
             except OSError as error:
-                holder = _FLOCK.unpack(fcntl.fcntl(fd, fcntl.F_GETLK, _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)))[4]
+                holder = _FLOCK.unpack(
+                    fcntl.fcntl(fd, fcntl.F_GETLK, _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0))
+                )[4]
                 os.close(fd)
                 if error.errno in (errno.EACCES, errno.EAGAIN):
                     raise _locked(path, holder) from None
@@ -75,5 +80,6 @@ class WriterLock:
 
 def _locked(path: Path, pid: int) -> WriterLockedError:
     return WriterLockedError(
-        f"{path.parent} is already open for writing by process {pid}; close it there, or open it with mode='r' (readers are not limited)"
+        f"{path.parent} is already open for writing by process {pid}; close it there, or open it with "
+        "mode='r' (readers are not limited)"
     )

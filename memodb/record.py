@@ -47,7 +47,9 @@ def parse_dtype(dtype: Any) -> np.dtype[Any]:
     if found in EXTENSION_DTYPES.values():
         return found
     if found.kind not in "biufc" or found.subdtype is not None:
-        raise InvalidRecordError(f"dtype {found} cannot be stored: records are numeric (bool, int, uint, float, complex)")
+        raise InvalidRecordError(
+            f"dtype {found} cannot be stored: records are numeric (bool, int, uint, float, complex)"
+        )
     return found.newbyteorder("=")
 
 

@@ -10,7 +10,10 @@ from typing import Any
 import numpy as np
 
 from memodb import arguments
+from memodb.catalog import LIVE
+from memodb.checksum import record_checksums
 from memodb.database import MemoDB
+from memodb.errors import CorruptionError
 
 _CHUNK_BYTES = 64 << 20
 
@@ -74,11 +77,20 @@ def _copy_records(src: MemoDB, dst: MemoDB, progress: Callable[[int, int], None]
     step = max(1, _CHUNK_BYTES // src.spec.nbytes)
     for start in range(0, len(ids), step):
         part = ids[start : start + step]
-        part = part[src._catalog.is_live(part)]  # deleted meanwhile by a writer elsewhere
-        names, rows = arguments.as_namespaces(src.namespace_of(part), len(part))
+        rows = src._catalog.rows(part)
+        live = rows["state"] == LIVE  # a writer elsewhere may have deleted some meanwhile
+        part, expected = part[live], rows["checksum"][live]
+        names, row_names = arguments.as_namespaces(src.namespace_of(part), len(part))
         keys = None if src.key_dim is None else src.keys(part)
         with src.multiget_mapped(part) as batch:
-            dst._store(batch.numpy(), keys, names, rows, part)
+            records = batch.numpy()
+            changed = part[record_checksums(records) != expected]
+            if len(changed):  # a copy gives new checksums: it must not give them to bytes that nobody put
+                raise CorruptionError(
+                    f"record {changed[0]} of {src.path} does not match its checksum ({len(changed)} such records); "
+                    "delete what verify() names, then copy"
+                )
+            dst._store(records, keys, names, row_names, part)
         if progress is not None:
             progress(min(start + step, len(ids)), len(ids))
     dst._catalog.advance(max(next_id, int(np.max(ids, initial=-1)) + 1))

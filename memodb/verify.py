@@ -52,8 +52,8 @@ def _check_records(db: MemoDB, ids: np.ndarray[Any, Any], sums: np.ndarray[Any, 
             problems.append(
                 Problem(
                     "checksum",
-                    f"record {id} of {db.path}: CRC-32C {found:#010x}, expected {expected:#010x}; its bytes were changed on the store: "
-                    "delete it and put it again, or restore it from a copy",
+                    f"record {id} of {db.path}: CRC-32C {found:#010x}, expected {expected:#010x}; its bytes were "
+                    "changed on the store: delete it and put it again, or restore it from a copy",
                     id,
                 )
             )
@@ -71,5 +71,8 @@ def _check_keys(catalog: Catalog, ids: np.ndarray[Any, Any], rows: np.ndarray[An
             continue
         lost = np.setdiff1d(mine, np.concatenate([np.zeros(0, np.int64), *added]))
         lost = lost[catalog.is_live(lost)]
-        problems += [Problem("keys", f"record {id} of {catalog.path.parent} has no key: put it again", id) for id in lost.tolist()]
+        problems += [
+            Problem("keys", f"record {id} of {catalog.path.parent} has no key: put it again", id)
+            for id in lost.tolist()
+        ]
     return problems

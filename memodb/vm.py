@@ -1,7 +1,8 @@
 """The virtual-memory calls memodb lives on, and the only place that makes them.
 
-Thin, typed wrappers over mmap(2), munmap(2), madvise(2), fallocate(2) and statfs(2). Addresses are plain integers; errors are `OSError`
-with the kernel's errno, for the rooms above to put into the caller's words. Constants are those of the Linux man pages.
+Thin, typed wrappers over mmap(2), munmap(2), madvise(2), fallocate(2) and statfs(2). Addresses are plain integers;
+errors are `OSError` with the kernel's errno, for the rooms above to put into the caller's words. Constants are those of
+the Linux man pages.
 """
 
 from __future__ import annotations
@@ -91,9 +92,7 @@ def reserve(nbytes: int, *, align: int = HUGE) -> int:
 
 def map_private(address: int, nbytes: int, fd: int, offset: int) -> None:
     """Lay file pages over a reserved range, copy-on-write: writes there never reach the file."""
-    _mmap(
-        address, nbytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_FIXED | MAP_NORESERVE, fd, offset
-    )
+    _mmap(address, nbytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_FIXED | MAP_NORESERVE, fd, offset)
 
 
 def map_shared(address: int, nbytes: int, fd: int, offset: int, *, writable: bool = False) -> None:

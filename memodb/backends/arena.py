@@ -1,8 +1,9 @@
 """The default backend: records side by side in large segment files.
 
-A locator is ``segment number << 32 | slot``; slot s of a segment is its bytes ``[s * nbytes, (s + 1) * nbytes)``. So records that are
-multiples of the page size can be mapped side by side, and multiples of 2 MiB keep their huge pages. Segments only grow; a number is never
-used again, which is why a reader may keep a segment open whatever the writer does.
+A locator is ``segment number << 32 | slot``; slot s of a segment is its bytes ``[s * nbytes, (s + 1) * nbytes)``. So
+records that are multiples of the page size can be mapped side by side, and multiples of 2 MiB keep their huge pages.
+Segments only grow; a number is never used again, which is why a reader may keep a segment open whatever the writer
+does.
 """
 
 from __future__ import annotations
@@ -40,8 +41,9 @@ class ArenaBackend(ValueBackend):
     segment_bytes : int
         Size that a segment grows to (default 1 GiB); compaction works on one segment at a time.
     durability : {"full", "relaxed"}
-        "full" (default): a put that returned survives a power cut on a disk file system (fdatasync before the commit). "relaxed": record
-        bytes reach the disk when the kernel likes; after a power cut `verify` names the records that did not.
+        "full" (default): a put that returned survives a power cut on a disk file system (fdatasync before the commit).
+        "relaxed": record bytes reach the disk when the kernel likes; after a power cut `verify` names the records that
+        did not.
     huge_pages : bool
         Ask for huge pages (default True).
     """
@@ -70,13 +72,17 @@ class ArenaBackend(ValueBackend):
             cls.name,
             options,
             {
-                "segment_bytes": (1 << 30, lambda v: type(v) is int and 4096 <= v <= 1 << 40, "an int, 4096 to 2**40 bytes"),
+                "segment_bytes": (
+                    1 << 30,
+                    lambda v: type(v) is int and 4096 <= v <= 1 << 40,
+                    "an int, 4096 to 2**40 bytes",
+                ),
                 "durability": ("full", lambda v: v in ("full", "relaxed"), '"full" or "relaxed"'),
                 "huge_pages": (True, lambda v: isinstance(v, bool), "True or False"),
             },
         )
 
-    # --- writing -------------------------------------------------------------------------------------------------------------------
+    # --- writing ---
 
     def append(self, values: Values) -> Locators:
         """Write records behind the last one, into as many segments as they need (see `ValueBackend.append`)."""
@@ -94,7 +100,9 @@ class ArenaBackend(ValueBackend):
                 in_memory=self._in_memory,
                 huge=self.options["huge_pages"],
             )
-            locators[done : done + n] = (np.uint64(entry["number"]) << _SLOT_BITS) + np.arange(used, used + n, dtype=np.uint64)
+            locators[done : done + n] = (np.uint64(entry["number"]) << _SLOT_BITS) + np.arange(
+                used, used + n, dtype=np.uint64
+            )
             entry["used"], entry["allocated"], entry["huge"] = used + n, allocated, int(entry["huge"]) + gained
             self._unsynced.add(int(entry["number"]))
             done += n
@@ -103,17 +111,16 @@ class ArenaBackend(ValueBackend):
 
     def append_bytes(self, n: int) -> int:
         """Return how many bytes `n` more records would allocate, rounding to huge pages included."""
-        room = 0
-        free = 0
+        room, free = 0, 0
         if len(self._table) and not self._table[-1]["sealed"]:
-            tail = self._table[-1]
-            room = self._slots - int(tail["used"])
-            free = int(tail["allocated"]) - int(tail["used"]) * self.spec.nbytes
+            last = self._table[-1]
+            room = self._slots - int(last["used"])
+            free = int(last["allocated"]) - int(last["used"]) * self.spec.nbytes
         if n <= room:
-            return max(0, vm.round_up(n * self.spec.nbytes - free, vm.HUGE))
+            return int(max(0, vm.round_up(n * self.spec.nbytes - free, vm.HUGE)))
         full, rest = divmod(n - room, self._slots)
-        tail_bytes = max(0, vm.round_up(room * self.spec.nbytes - free, vm.HUGE))
-        return tail_bytes + full * self._capacity + vm.round_up(rest * self.spec.nbytes, vm.HUGE)
+        tail = int(max(0, vm.round_up(room * self.spec.nbytes - free, vm.HUGE)))
+        return int(tail + full * self._capacity + vm.round_up(rest * self.spec.nbytes, vm.HUGE))
 
     def _tail(self) -> Any:
         if len(self._table) and self._table[-1]["used"] < self._slots and not self._table[-1]["sealed"]:
@@ -126,7 +133,7 @@ class ArenaBackend(ValueBackend):
         return self._table[-1]
 
     def sync(self) -> None:
-        """Flush what was appended, and the directory if a segment is new (nothing to do on tmpfs or with durability "relaxed")."""
+        """Flush what was appended, and the directory of a new segment (tmpfs and durability "relaxed": nothing)."""
         if self.options["durability"] == "full" and not self._in_memory:
             for number in self._unsynced:
                 self._segment(number).sync()
@@ -181,7 +188,7 @@ class ArenaBackend(ValueBackend):
             if segment is not None:
                 segment.huge = bool(entry["huge"] == entry["allocated"])
 
-    # --- reading -------------------------------------------------------------------------------------------------------------------
+    # --- reading ---
 
     def _file(self, number: int) -> Path:
         return self.path / f"{number:08d}{_SUFFIX}"
@@ -205,7 +212,7 @@ class ArenaBackend(ValueBackend):
             segment.require((int(slots[inverse == i].max()) + 1) * self.spec.nbytes)
         return Extents(segments, inverse.astype(np.int64).reshape(-1), slots * self.spec.nbytes)
 
-    # --- compaction ----------------------------------------------------------------------------------------------------------------
+    # --- compaction ---
 
     def victims(self, locators: Locators) -> list[Victim]:
         """Return the segments that hold a dead record, and seal the last one if it is among them."""

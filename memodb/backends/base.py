@@ -39,7 +39,10 @@ class Usage:
 
 @dataclass(frozen=True)
 class Victim:
-    """A part of the store that `ValueBackend.rewrite` can empty: `members` are indices into the locators it was asked about."""
+    """A part of the store that `ValueBackend.rewrite` can empty.
+
+    `members` are indices into the locators it was asked about.
+    """
 
     token: int
     members: np.ndarray[Any, np.dtype[np.intp]]
@@ -48,9 +51,10 @@ class Victim:
 class ValueBackend(ABC):
     """Bytes of records, addressed by locators: 64-bit numbers of the backend's own that the catalog remembers.
 
-    The database calls `append` and `sync` before it commits to the catalog, and hands `state` to the same commit. Bytes whose commit never came are
-    leftovers: `restore` is called with the last committed state when a writer opens, and after a failed write, and forgets them. Committed
-    bytes never change. A backend implements `read`, or `SupportsExtents`, or both.
+    The database calls `append` and `sync` before it commits to the catalog, and hands `state` to the same commit. Bytes
+    whose commit never came are leftovers: `restore` is called with the last committed state when a writer opens, and
+    after a failed write, and forgets them. Committed bytes never change. A backend implements `read`, or
+    `SupportsExtents`, or both.
 
     Parameters
     ----------
@@ -124,10 +128,13 @@ class ValueBackend(ABC):
         return []
 
     def rewrite(self, token: int, locators: Locators) -> Locators:
-        """Append the given live records of a victim elsewhere and leave the victim out of `state`; return the new locators."""
+        """Append the given live records of a victim elsewhere and leave the victim out of `state`.
+
+        Return the new locators.
+        """
         raise NotImplementedError
 
-    def discard(self, token: int) -> None:
+    def discard(self, token: int) -> None:  # noqa: B027 - a backend without victims has nothing to discard
         """After the commit: remove a victim from the store (existing mappings of it stay intact)."""
 
     def after_fork(self) -> None:

@@ -1,4 +1,7 @@
-"""Backends by name, loaded when first asked for. Third parties register a class in the entry-point group ``memodb.backends``."""
+"""Backends by name, loaded when first asked for.
+
+Third parties register a class in the entry-point group ``memodb.backends``.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""One segment file: allocated for real before use, on huge pages where the kernel gives them, mapped read-only as a whole."""
+"""One segment file.
+
+Allocated for real before use, on huge pages where the kernel gives them, mapped read-only as a whole.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +45,9 @@ class SegmentFile:
         try:
             self.fd = os.open(path, flags, 0o644)
         except PermissionError as error:
-            raise StoreAccessError(f"segment {path} cannot be opened: {error.strerror}; ask its owner for access") from error
+            raise StoreAccessError(
+                f"segment {path} cannot be opened: {error.strerror}; ask its owner for access"
+            ) from error
         except OSError as error:
             if error.errno == errno.ENOSPC:
                 raise StoreFullError(f"no room for a new segment {path}: {error.strerror}; free space there") from error
@@ -83,7 +88,9 @@ class SegmentFile:
                 "restore the store from a copy"
             )
 
-    def write(self, offset: int, values: np.ndarray[Any, Any], allocated: int, *, in_memory: bool, huge: bool) -> tuple[int, int]:
+    def write(
+        self, offset: int, values: np.ndarray[Any, Any], allocated: int, *, in_memory: bool, huge: bool
+    ) -> tuple[int, int]:
         """Write `values` (any strides) at `offset`, allocating beyond `allocated` first.
 
         Returns
@@ -135,8 +142,8 @@ class SegmentFile:
         for at in range(start, stop, _COLLAPSE):
             end = min(at + _COLLAPSE, stop)
             if huge:
-                # One byte in each huge page (through the descriptor: a touch of the mapping is SIGBUS on a full tmpfs) lets the
-                # kernel fill the hole around it with one huge page; a range that is all hole it refuses.
+                # One byte in each huge page (through the descriptor: a touch of the mapping is SIGBUS on a full tmpfs)
+                # lets the kernel fill the hole around it with one huge page; a range that is all hole it refuses.
                 for page in range(at, end, vm.HUGE):
                     os.pwrite(self.fd, b"\0", page)
                 if vm.collapse(base + at, end - at):
@@ -147,10 +154,11 @@ class SegmentFile:
         return gained
 
     def _write_through(self, offset: int, values: np.ndarray[Any, Any]) -> None:
-        # A file on a disk is written by pwrite(2): an I/O error or a full disk is an error there, a signal through a mapping.
+        # A file on a disk is written by pwrite(2): an I/O error or a full disk is an error there, a signal through a
+        # mapping.
         chunks = [values] if values.flags.c_contiguous else values
         for chunk in chunks:
-            data = memoryview(np.ascontiguousarray(chunk).reshape(-1).view(np.uint8))
+            data = memoryview(np.ascontiguousarray(chunk).reshape(-1).view(np.uint8))  # type: ignore[arg-type]
             while len(data):
                 written = os.pwrite(self.fd, data, offset)
                 data, offset = data[written:], offset + written

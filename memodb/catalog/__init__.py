@@ -2,5 +2,6 @@
 
 from memodb.catalog.catalog import Catalog
 from memodb.catalog.journal import Entry
+from memodb.catalog.rows import LIVE
 
-__all__ = ["Catalog", "Entry"]
+__all__ = ["LIVE", "Catalog", "Entry"]

@@ -1,7 +1,8 @@
 """The catalog proper: settings, ids, namespaces, checksums, keys and tombstones in one LMDB environment.
 
-Tables: ``meta`` (settings, counters, the backend's state), ``blocks`` (packed rows, `memodb.catalog.rows`), ``names`` (namespace -> number),
-``counts`` (number -> records added, records live), ``journal`` (keys and deletions, `memodb.catalog.journal`).
+Tables: ``meta`` (settings, counters, the backend's state), ``blocks`` (packed rows, `memodb.catalog.rows`), ``names``
+(namespace -> number), ``counts`` (number -> records added, records live), ``journal`` (keys and deletions,
+`memodb.catalog.journal`).
 """
 
 from __future__ import annotations
@@ -19,7 +20,13 @@ import numpy as np
 from memodb.catalog import journal
 from memodb.catalog.environment import Environment
 from memodb.catalog.rows import BLOCK, DELETED, LIVE, ROW, Ids, RowCache, Rows, block_key, unpack, write_rows
-from memodb.errors import CorruptionError, FormatVersionError, InvalidOptionError, RecordNotFoundError, StoreNotFoundError
+from memodb.errors import (
+    CorruptionError,
+    FormatVersionError,
+    InvalidOptionError,
+    RecordNotFoundError,
+    StoreNotFoundError,
+)
 
 FORMAT = 1
 _COUNTERS = struct.Struct("<QQQI")  # next id, live records, next journal sequence number, next namespace number
@@ -65,14 +72,16 @@ class Catalog:
         """Take fresh locks (in a forked child)."""
         self._rows.renew_lock()
 
-    # --- settings and counters -----------------------------------------------------------------------------------------------------
+    # --- settings and counters ---
 
     def _read_settings(self) -> dict[str, Any]:
         with self._env.read() as txn:
             raw = txn.get(b"settings", db=self._env.table("meta"))
             text = None if raw is None else bytes(raw)
         if text is None:
-            raise StoreNotFoundError(f"{self.path.parent} holds no complete memodb store: its creation was cut off; create it again")
+            raise StoreNotFoundError(
+                f"{self.path.parent} holds no complete memodb store: its creation was cut off; create it again"
+            )
         try:
             settings = json.loads(text)
             version = settings["format"]
@@ -80,7 +89,8 @@ class Catalog:
             raise CorruptionError(f"the settings in {self.path} are damaged: {error}") from error
         if version != FORMAT:
             raise FormatVersionError(
-                f"{self.path.parent} has format {version}, this memodb reads format {FORMAT}; use the memodb that wrote it to copy it"
+                f"{self.path.parent} has format {version}, this memodb reads format {FORMAT}; use the "
+                "memodb that wrote it to copy it"
             )
         return dict(settings)
 
@@ -124,7 +134,7 @@ class Catalog:
         with self._env.read() as txn:
             return txn.id(), bytes(txn.get(b"backend", db=self._env.table("meta"), default=b""))
 
-    # --- reading -------------------------------------------------------------------------------------------------------------------
+    # --- reading ---
 
     @contextmanager
     def _load(self) -> Iterator[tuple[int, Any]]:
@@ -151,9 +161,11 @@ class Catalog:
         return rows
 
     def _explain_missing(self, ids: Ids, states: np.ndarray[Any, Any]) -> str:
-        shown = [f"{i} ({'deleted' if s == DELETED else 'never put'})" for i, s in zip(ids[:5], states[:5], strict=True)]
+        shown = [
+            f"{i} ({'deleted' if s == DELETED else 'never put'})" for i, s in zip(ids[:5], states[:5], strict=True)
+        ]
         more = f" and {len(ids) - 5} more" if len(ids) > 5 else ""
-        return f"no record in {self.path.parent} has id {', '.join(shown)}{more}; ids are given by put() and listed by ids()"
+        return f"no record in {self.path.parent} has id {', '.join(shown)}{more}; ids() lists those there are"
 
     def is_live(self, ids: Ids) -> np.ndarray[Any, np.dtype[np.bool_]]:
         """Tell for each id whether its record exists."""
@@ -176,7 +188,7 @@ class Catalog:
                 all_rows.append(rows[places])
         return np.concatenate(all_ids), np.concatenate(all_rows)
 
-    # --- namespaces ----------------------------------------------------------------------------------------------------------------
+    # --- namespaces ---
 
     def _number(self, txn: lmdb.Transaction, name: str) -> int | None:
         raw = txn.get(_name_key(name), db=self._env.table("names"))
@@ -228,7 +240,7 @@ class Catalog:
         total, live = (0, 0) if raw is None else _COUNTS.unpack(raw)
         txn.put(key, _COUNTS.pack(total + added, live + added - deleted), db=table)
 
-    # --- writing -------------------------------------------------------------------------------------------------------------------
+    # --- writing ---
 
     def commit(
         self,
@@ -329,10 +341,10 @@ class Catalog:
                 table = self._env.table("journal")
                 journal.drop_keys(txn, table, number, np.concatenate(members_of), key_dim, self.path)
 
-    # --- what an index follows -----------------------------------------------------------------------------------------------------
+    # --- what an index follows ---
 
     def journal(self, number: int, after: int, within: tuple[int, int] | None = None) -> list[journal.Entry]:
-        """Return the journal of a namespace (by number) after a sequence number, in order (see `journal.read_entries`)."""
+        """Return the journal of a namespace (by number) after a sequence number, in order."""
         with self._env.read() as txn:
             table = self._env.table("journal")
             return list(journal.read_entries(txn, table, number, after, self.settings["key_dim"], self.path, within))
@@ -379,7 +391,9 @@ def check_name(name: Any) -> str:
     except UnicodeEncodeError as error:
         raise InvalidOptionError(f"namespace {name!r} is not valid Unicode: {error}") from error
     if size > _NAME_BYTES:
-        raise InvalidOptionError(f"namespace {name[:40]!r}... has {size} bytes of UTF-8; at most {_NAME_BYTES} are possible")
+        raise InvalidOptionError(
+            f"namespace {name[:40]!r}... has {size} bytes of UTF-8; at most {_NAME_BYTES} are possible"
+        )
     return name
 
 

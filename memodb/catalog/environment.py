@@ -1,7 +1,8 @@
 """One LMDB environment per process and file, shared by every handle on it, and safe across fork.
 
-py-lmdb refuses to open one file twice in a process, and to reopen it in a forked child before the inherited environment is closed. So
-environments are counted here by (device, inode), and a forked child closes what it inherited and opens its own at its next transaction.
+py-lmdb refuses to open one file twice in a process, and to reopen it in a forked child before the inherited environment
+is closed. So environments are counted here by (device, inode), and a forked child closes what it inherited and opens
+its own at its next transaction.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ import lmdb
 
 from memodb.errors import CorruptionError, MemoDBError, StoreAccessError, StoreFullError, StoreNotFoundError
 
-#: Address space reserved for the catalog; the file itself only grows with what is put. Halved until the system grants it.
+#: Address space reserved for the catalog; the file itself only grows with what is put. Halved until the system grants
+#: it.
 _MAP_SIZE = 1 << 40
 _MIN_MAP_SIZE = 1 << 28
 _MAX_READERS = 4096
@@ -57,8 +59,8 @@ class Environment:
         self.path = path
         self._key = key
         self._users = 0
-        # Reads and writes may run side by side (LMDB is multi-version), but neither may be under way while the process forks: the child
-        # would end the parent's transaction in the shared lock table.
+        # Reads and writes may run side by side (LMDB is multi-version), but neither may be under way while the process
+        # forks: the child would end the parent's transaction in the shared lock table.
         self._read_gate = threading.RLock()
         self._write_gate = threading.RLock()
         self._env: lmdb.Environment | None = None
@@ -109,6 +111,7 @@ class Environment:
                     if create:
                         self._tables = {name: self._env.open_db(name.encode()) for name in TABLES}
                     self._env.reader_check()
+                self._check_length()
                 return
             except MemoDBError as error:
                 self._env = None
@@ -137,6 +140,30 @@ class Environment:
             if create or not ("Permission denied" in str(error) or "Read-only file system" in str(error)):
                 raise
             return attempt(readonly=True)
+
+    def _length(self) -> tuple[int, int]:
+        """Return (bytes that the catalog's pages need, bytes that the file has)."""
+        assert self._env is not None
+        needed = (self._env.info()["last_pgno"] + 1) * self._env.stat()["psize"]
+        return needed, (self.path / "data.mdb").stat().st_size
+
+    def _check_length(self) -> None:
+        # LMDB maps the file without looking at its length: a page beyond its end would be a SIGBUS.
+        needed, found = self._length()
+        if found < needed:
+            assert self._env is not None
+            self._env.close()
+            raise CorruptionError(
+                f"the catalog {self.path} is {found} bytes long, its pages reach to byte {needed}: it was truncated; "
+                "restore it from a copy"
+            )
+
+    def _pad(self) -> None:
+        # Pages that a transaction took and freed again need not have been written; `_check_length` counts on the file
+        # holding all.
+        needed, found = self._length()
+        if found < needed:
+            os.truncate(self.path / "data.mdb", needed)
 
     @property
     def handle(self) -> lmdb.Environment:
@@ -180,6 +207,7 @@ class Environment:
                 handle = self.handle
             with handle.begin(write=True, buffers=True) as txn:
                 yield txn
+            self._pad()
 
     @classmethod
     def _before_fork(cls) -> None:

@@ -2,7 +2,8 @@
 
 One entry is one LMDB value under (namespace, sequence number)::
 
-    kind (1 byte: A added, D deleted) | CRC-32C of the rest (4) | count (4) | ids int64[count] | keys float32[count, key_dim] (A only)
+    kind (1 byte: A added, D deleted) | CRC-32C of the rest (4) | count (4) | ids int64[count] | keys float32[count,
+    key_dim] (A only)
 """
 
 from __future__ import annotations
@@ -80,8 +81,9 @@ def read_entries(
         yield _decode(bytes(raw), sequence, key_dim, f"namespace {namespace}, entry {sequence} of {path}")
 
 
-def _overlaps(raw: memoryview, within: tuple[int, int]) -> bool:
-    # Ids of an entry ascend, so its first and last tell; what is too damaged to tell is read, and then complained about.
+def _overlaps(raw: memoryview | bytes, within: tuple[int, int]) -> bool:
+    # Ids of an entry ascend, so its first and last tell; what is too damaged to tell is read, and then complained
+    # about.
     try:
         count = _HEAD.unpack_from(raw)[2]
         first = struct.unpack_from("<q", raw, _HEAD.size)[0]
@@ -107,9 +109,17 @@ def _decode(raw: bytes, sequence: int, key_dim: int, where: str) -> Entry:
 
 
 def drop_keys(
-    txn: lmdb.Transaction, table: Any, namespace: int, dead: np.ndarray[Any, np.dtype[np.int64]], key_dim: int, path: Path
+    txn: lmdb.Transaction,
+    table: Any,
+    namespace: int,
+    dead: np.ndarray[Any, np.dtype[np.int64]],
+    key_dim: int,
+    path: Path,
 ) -> None:
-    """Take the keys of `dead` ids out of a namespace's additions (deletions stay: an index that lags must still learn of them)."""
+    """Take the keys of `dead` ids out of a namespace's additions (deletions stay.
+
+    An index that lags must still learn of them).
+    """
     for entry in list(read_entries(txn, table, namespace, 0, key_dim, path)):
         if entry.keys is None:
             continue

@@ -1,6 +1,7 @@
-"""What the catalog knows of each id: one packed row, 1,024 rows a block, blocks cached and checked once per transaction.
+"""What the catalog knows of each id: a packed row, 1,024 rows a block, cached and checked once per transaction.
 
-A lookup of ids costs a few numpy calls whatever their number; Python runs per block only, and only after somebody committed.
+A lookup of ids costs a few numpy calls whatever their number; Python runs per block only, and only after somebody
+committed.
 """
 
 from __future__ import annotations
@@ -64,7 +65,10 @@ class RowCache:
         self.clear()
 
     def renew_lock(self) -> None:
-        """Take a fresh lock (in a forked child); what another thread was changing when the process forked is read anew."""
+        """Take a fresh lock (in a forked child).
+
+        What another thread was changing when the process forked is read anew.
+        """
         undisturbed = self._lock.acquire(blocking=False)
         self._lock = threading.RLock()
         if not undisturbed:
@@ -89,7 +93,8 @@ class RowCache:
         transaction
             Number of the last committed transaction.
         load
-            Context manager factory that yields ``(transaction number, get(block) -> stored bytes | None)`` of one read transaction.
+            Context manager factory that yields ``(transaction number, get(block) -> stored bytes | None)`` of one read
+            transaction.
         """
         blocks = ids // BLOCK
         with self._lock:
@@ -102,7 +107,8 @@ class RowCache:
                 rows = np.zeros(len(ids), ROW)
                 rows[found] = self._rows[slots[found], ids[found] % BLOCK]
                 return rows
-            return self._rows[slots, ids % BLOCK]
+            found_rows: Rows = self._rows[slots, ids % BLOCK]
+            return found_rows
 
     def _slots(self, blocks: Ids) -> np.ndarray[Any, np.dtype[np.int64]]:
         known = blocks < len(self._slot)

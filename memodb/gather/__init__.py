@@ -1,1 +1,4 @@
-"""The gather: n scattered records become one contiguous tensor, by mapping their pages side by side, or by a warm copy."""
+"""The gather.
+
+N scattered records become one contiguous tensor, by mapping their pages side by side, or by a warm copy.
+"""

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from memodb import interop
+from memodb import interop, vm
 from memodb.errors import ClosedError
 from memodb.record import RecordSpec
 
@@ -16,8 +16,9 @@ from memodb.record import RecordSpec
 class MappedBatch:
     """n records as one contiguous tensor [n, *shape], without a copy where their pages could be mapped.
 
-    Every view of the batch (numpy array, torch tensor, DLPack capsule, and whatever is made of them) keeps its memory valid, whether or not
-    the database is closed or this object is gone. Pages are private: writing through a view changes neither the store nor other batches.
+    Every view of the batch (numpy array, torch tensor, DLPack capsule, and whatever is made of them) keeps its memory
+    valid, whether or not the database is closed or this object is gone. Pages are private: writing through a view
+    changes neither the store nor other batches.
 
     Parameters
     ----------
@@ -92,9 +93,11 @@ class MappedBatch:
         """
         if self._holder is None:
             raise ClosedError("this batch was released; gather it again with multiget_mapped()")
-        view = np.asarray(self._holder).view(self._spec.dtype).reshape(self.shape)
-        view.flags.writeable = writable
-        return view
+        root = np.asarray(self._holder)
+        if not writable and self.nbytes:
+            # Another object on the same memory, so that numpy cannot be talked into making the view writable.
+            root = vm.Span(root.ctypes.data, self.nbytes, writable=False, keep=self._holder).array()
+        return root.view(self._spec.dtype).reshape(self.shape)
 
     def torch(self) -> Any:
         """Return the batch as a torch tensor of the matching dtype; in-place operations stay private to the batch.
@@ -149,8 +152,8 @@ class MappedBatch:
         if holder is not None:
             self._holder = holder
             raise BufferError(
-                f"{self!r} cannot be released: a numpy array, torch tensor or DLPack capsule made from it is still alive; "
-                "delete those first, or let the last one free the memory by itself"
+                f"{self!r} cannot be released: a numpy array, torch tensor or DLPack capsule made from it is still "
+                "alive; delete those first, or let the last one free the memory by itself"
             )
 
     def __enter__(self) -> MappedBatch:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,7 @@ Bytes2D = np.ndarray[Any, np.dtype[np.uint8]]
 
 
 class _Threads:
-    """The copy threads of this process, started at first need, stopped with the last database, gone in a forked child."""
+    """The copy threads of this process, started at need, stopped with the last database, gone in a forked child."""
 
     def __init__(self) -> None:
         self.forget()
@@ -56,7 +57,7 @@ def copy_records(extents: Extents, nbytes: int, out: Bytes2D) -> None:
         return
     bounds = np.linspace(0, n, min(_WORKERS, n) + 1).astype(int)
     executor = THREADS.get()
-    jobs = [executor.submit(_copy_part, extents, nbytes, out, a, b) for a, b in zip(bounds[:-1], bounds[1:], strict=True)]
+    jobs = [executor.submit(_copy_part, extents, nbytes, out, a, b) for a, b in pairwise(bounds.tolist())]
     for job in jobs:
         job.result()
 
@@ -71,7 +72,8 @@ def _copy_part(extents: Extents, nbytes: int, out: Bytes2D, first: int, last: in
         slots = part.offset[mine] // nbytes
         source = _records(part, i, nbytes, int(slots.max()) + 1)
         if len(mine) == len(part):
-            # mode="clip" spares the buffer that mode="raise" puts before `out`; the slots were checked against the file's size.
+            # mode="clip" spares the buffer that mode="raise" puts before `out`; the slots were checked against the
+            # file's size.
             np.take(source, slots, axis=0, out=out[first:last], mode="clip")
         else:
             out[first + mine] = source[slots]

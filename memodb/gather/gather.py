@@ -47,11 +47,15 @@ def gather_batch(
                 if strategy == "map":
                     raise
     elif strategy == "map":
-        raise MappingUnsupportedError('strategy="map": this backend keeps no pages that could be mapped; strategy="auto" copies instead')
+        raise MappingUnsupportedError(
+            'strategy="map": this backend keeps no pages that could be mapped; strategy="auto" copies instead'
+        )
     try:
         buffer = POOL.buffer(total)
     except OSError as error:
-        raise StoreFullError(f"no memory for a batch of {total} bytes: {error}; gather fewer records at once") from error
+        raise StoreFullError(
+            f"no memory for a batch of {total} bytes: {error}; gather fewer records at once"
+        ) from error
     held = POOL.hold(buffer, total)
     copy_into(source, held.reshape(len(ids), spec.nbytes))
     return MappedBatch(held.base, spec, ids, zero_copy=False)

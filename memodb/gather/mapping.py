@@ -12,6 +12,8 @@ from memodb.extents import Extents
 from memodb.gather.plan import Plan
 from memodb.gather.window import POOL, Range
 
+_EHWPOISON = 133  # errno(3): memory page has hardware error; Python does not name it
+
 
 def map_records(extents: Extents, nbytes: int, plan: Plan) -> Range:
     """Map the records of `extents`, in order, into one contiguous range, every page present.
@@ -46,10 +48,10 @@ def map_records(extents: Extents, nbytes: int, plan: Plan) -> Range:
         vm.populate_read(window.address, total)
     except OSError as error:
         POOL.give_back(window)
-        if error.errno in (errno.EFAULT, errno.ENOMEM, errno.EHWPOISON, errno.EIO):
+        if error.errno in (errno.EFAULT, errno.ENOMEM, _EHWPOISON, errno.EIO):
             raise CorruptionError(
-                f"{len(extents)} records could not be read from their segments ({error}): a segment was truncated or its device fails; "
-                "verify() tells which records are concerned"
+                f"{len(extents)} records could not be read from their segments ({error}): a segment was truncated "
+                "or its device fails; verify() tells which records are concerned"
             ) from error
         raise
     return window
@@ -57,6 +59,6 @@ def map_records(extents: Extents, nbytes: int, plan: Plan) -> Range:
 
 def _refused(error: OSError, total: int) -> MappingUnsupportedError:
     return MappingUnsupportedError(
-        f'the kernel refused to map {total} bytes ({error}); strategy="copy" does without. Limits: vm.max_map_count, vm.overcommit_memory, '
-        "RLIMIT_DATA, RLIMIT_AS"
+        f'the kernel refused to map {total} bytes ({error}); strategy="copy" does without. Limits: '
+        "vm.max_map_count, vm.overcommit_memory, RLIMIT_DATA, RLIMIT_AS"
     )

@@ -1,7 +1,7 @@
 """Deciding how a batch is gathered: pure functions of where the records lie.
 
-The cost model counts what was measured (docs/architecture.md): a mapping costs one VMA a run of adjacent records and one page-table entry a
-page, to build and to tear down; a copy costs bandwidth.
+The cost model counts what was measured (docs/architecture.md): a mapping costs one VMA a run of adjacent records and
+one page-table entry a page, to build and to tear down; a copy costs bandwidth.
 """
 
 from __future__ import annotations
@@ -56,9 +56,7 @@ def runs(extents: Extents, nbytes: int) -> np.ndarray[Any, np.dtype[np.int64]]:
     return np.concatenate([[0], np.flatnonzero(breaks) + 1]).astype(np.int64)
 
 
-def make_plan(
-    extents: Extents, nbytes: int, strategy: Strategy, *, free_vmas: int, costs: Costs | None = None
-) -> Plan:
+def make_plan(extents: Extents, nbytes: int, strategy: Strategy, *, free_vmas: int, costs: Costs | None = None) -> Plan:
     """Choose between mapping and copying.
 
     Parameters
@@ -68,7 +66,8 @@ def make_plan(
     nbytes
         Bytes of one record.
     strategy
-        "map" and "copy" are obeyed; "auto" takes what the cost model finds cheaper, and on a tie the mapping (it takes no memory).
+        "map" and "copy" are obeyed; "auto" takes what the cost model finds cheaper, and on a tie the mapping (it takes
+        no memory).
     free_vmas
         VMAs that this batch may still take.
     costs
@@ -84,8 +83,8 @@ def make_plan(
     obstacle = ""
     if nbytes % vm.PAGE or (extents.offset % vm.PAGE).any():
         obstacle = (
-            f"records of {nbytes} bytes are not a multiple of the {vm.PAGE}-byte page, so their pages cannot lie side by side; "
-            f"a shape whose record is a multiple of {vm.PAGE} bytes can be mapped"
+            f"records of {nbytes} bytes are not a multiple of the {vm.PAGE}-byte page, so their pages cannot lie side "
+            f"by side; a shape whose record is a multiple of {vm.PAGE} bytes can be mapped"
         )
     elif len(starts) > free_vmas:
         obstacle = (
@@ -96,7 +95,11 @@ def make_plan(
         raise MappingUnsupportedError(f'strategy="map": {obstacle}; strategy="auto" copies instead')
     if obstacle or strategy == "copy":
         return Plan(False, starts, obstacle)
-    return Plan(strategy == "map" or _map_seconds(extents, nbytes, starts, costs or Costs()) <= _copy_seconds(extents, nbytes, costs or Costs()), starts)
+    return Plan(
+        strategy == "map"
+        or _map_seconds(extents, nbytes, starts, costs or Costs()) <= _copy_seconds(extents, nbytes, costs or Costs()),
+        starts,
+    )
 
 
 def check_strategy(strategy: str) -> None:

@@ -1,8 +1,8 @@
 """Address ranges and warm buffers that batches stand on: taken, given back when the last view dies, used again.
 
-One pool a process. A mapped batch stands on a *window*, a reserved range whose pages are let go when the batch dies (so nothing pins a segment
-that compaction unlinked); a copied batch stands on a *buffer*, memory that stays warm for the next one, within a budget. While no database
-is open in the process, nothing idle is kept.
+One pool a process. A mapped batch stands on a *window*, a reserved range whose pages are let go when the batch dies (so
+nothing pins a segment that compaction unlinked); a copied batch stands on a *buffer*, memory that stays warm for the
+next one, within a budget. While no database is open in the process, nothing idle is kept.
 """
 
 from __future__ import annotations
@@ -115,13 +115,16 @@ class Pool:
         return best
 
     def give_back(self, owned: Range) -> None:
-        """Take a range back. Runs wherever the last view dies, also inside a garbage collection that this pool triggered itself."""
+        """Take a range back.
+
+        Runs wherever the last view dies, also inside a garbage collection that this pool triggered itself.
+        """
         self._returned.append(owned)
         self._collect()
 
     def _collect(self) -> None:
-        # Only whoever gets the lock sorts returned ranges in; whoever does not leaves them to the holder of the lock, who looks again.
-        # A range that slips between the two is sorted in by the next call.
+        # Only whoever gets the lock sorts returned ranges in; whoever does not leaves them to the holder of the lock,
+        # who looks again. A range that slips between the two is sorted in by the next call.
         while self._returned or self._surplus():
             if not self._lock.acquire(blocking=False):
                 return
@@ -148,7 +151,11 @@ class Pool:
 
     def _trim(self) -> None:
         while self._surplus():
-            idle = self._windows if self._windows and (not self._users or len(self._windows) > _IDLE_WINDOWS) else self._buffers
+            idle = (
+                self._windows
+                if self._windows and (not self._users or len(self._windows) > _IDLE_WINDOWS)
+                else self._buffers
+            )
             oldest = idle.pop(0)
             vm.unmap(oldest.address, oldest.nbytes)
 

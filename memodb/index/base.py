@@ -33,7 +33,10 @@ class VectorIndex(ABC):
 
     @abstractmethod
     def search(self, keys: Keys, k: int) -> tuple[Ids, Distances]:
-        """Return the `k` nearest live neighbours of each key, nearest first: ids [n, k] (-1: none), distances [n, k] (inf: none)."""
+        """Return the `k` nearest live neighbours of each key, nearest first.
+
+        Ids [n, k] (-1: none), distances [n, k] (inf: none).
+        """
 
     @abstractmethod
     def __len__(self) -> int:

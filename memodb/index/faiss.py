@@ -1,7 +1,7 @@
 """`FaissIndex`: any faiss factory string, exact until the factory's training has enough keys.
 
-Positions inside the faiss index are 0, 1, 2, ... in order of addition; a table turns them into ids. Deleted positions are left out inside
-the search by an IDSelector, so k live neighbours come back while there are k.
+Positions inside the faiss index are 0, 1, 2, ... in order of addition; a table turns them into ids. Deleted positions
+are left out inside the search by an IDSelector, so k live neighbours come back while there are k.
 """
 
 from __future__ import annotations
@@ -11,15 +11,20 @@ import struct
 import sys
 from typing import Any
 
-import faiss
+import faiss as _faiss
 import numpy as np
 
 from memodb.errors import InvalidOptionError
 from memodb.index.base import Distances, Ids, Keys, VectorIndex
 
+# Its stubs know a part of its names only.
+faiss: Any = _faiss
+
 #: "auto" searches a namespace exactly up to this many keys, and builds HNSW32 beyond.
 EXACT_LIMIT = 10_000
 _AUTO_LARGE = "HNSW32"
+#: Breadth of the graph search while building; faiss' 40 loses recall at 128 dimensions.
+_EF_CONSTRUCTION = 80
 _HEAD = struct.Struct("<QQI")
 #: faiss' own advice for k-means: training points per centroid.
 _POINTS_PER_CENTROID = 39
@@ -41,7 +46,9 @@ def check_factory(factory: str, key_dim: int) -> str:
         index = faiss.index_factory(key_dim, factory)
     except RuntimeError as error:
         reason = str(error).strip().splitlines()[-1]
-        raise InvalidOptionError(f"faiss cannot build index {factory!r} for keys of width {key_dim}: {reason}") from error
+        raise InvalidOptionError(
+            f"faiss cannot build index {factory!r} for keys of width {key_dim}: {reason}"
+        ) from error
     if index.metric_type != faiss.METRIC_L2:
         raise InvalidOptionError(f"index {factory!r} does not measure squared L2, which memodb's distances are")
     return factory
@@ -104,7 +111,7 @@ class FaissIndex(VectorIndex):
             target.train(keys)
         hnsw = _hnsw(target)
         if hnsw is not None:
-            hnsw.efConstruction = max(hnsw.efConstruction, 80)
+            hnsw.hnsw.efConstruction = max(hnsw.hnsw.efConstruction, _EF_CONSTRUCTION)
         target.add(keys)
         self._index, self._exact = target, False
 
@@ -127,7 +134,8 @@ class FaissIndex(VectorIndex):
         found, near = self._find(keys, wanted, thorough=False)
         short = (found < 0).any(axis=1)
         if short.any():
-            # A graph or inverted-list search may give up before it has k live ones; then look at everything for those rows.
+            # A graph or inverted-list search may give up before it has k live ones; then look at everything for those
+            # rows.
             found[short], near[short] = self._find(np.ascontiguousarray(keys[short]), wanted, thorough=True)
         ids[:, :wanted] = np.where(found >= 0, self._ids[np.maximum(found, 0)], -1)
         distances[:, :wanted] = np.where(found >= 0, near, np.inf)
@@ -177,7 +185,7 @@ class FaissIndex(VectorIndex):
     def serialize(self) -> bytes:
         """Return the index as bytes (see `VectorIndex.serialize`)."""
         live = np.packbits(self._live[: self._n], bitorder="little").tobytes()
-        body = faiss.serialize_index(self._index).tobytes()
+        body: bytes = faiss.serialize_index(self._index).tobytes()
         return _HEAD.pack(self._n, self.sequence, self._exact) + self._ids[: self._n].tobytes() + live + body
 
     @classmethod
@@ -195,7 +203,9 @@ class FaissIndex(VectorIndex):
         except (struct.error, RuntimeError, ValueError) as error:
             raise ValueError(f"not a saved index: {error}") from error
         if made._index.d != key_dim or made._index.ntotal != n:
-            raise ValueError(f"a saved index of {made._index.ntotal} keys of width {made._index.d}, expected {n} of width {key_dim}")
+            raise ValueError(
+                f"a saved index of {made._index.ntotal} keys of width {made._index.d}, expected {n} of width {key_dim}"
+            )
         made._n, made.sequence, made._exact = n, sequence, bool(exact)
         return made
 

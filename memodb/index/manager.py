@@ -1,7 +1,7 @@
-"""The indexes of all namespaces of a store: caught up with the catalog at a search, saved as files, rebuilt when in doubt.
+"""The indexes of all namespaces of a store: caught up at a search, saved as files, rebuilt when in doubt.
 
-A saved file is ``magic | format | CRC-32C of the rest | label length | label (store and factory) | index bytes``. Only indexes that took long to build are
-saved: small namespaces are searched exactly, straight from the catalog's keys.
+A saved file is ``magic | format | CRC-32C of the rest | label length | label (store and factory) | index bytes``. Only
+indexes that took long to build are saved: small namespaces are searched exactly, straight from the catalog's keys.
 """
 
 from __future__ import annotations
@@ -118,7 +118,17 @@ class IndexSet:
             index = self._load(number)
             if index is None:
                 index = self._new()
-            self._indexes[number] = index
+        try:
+            self._catch_up(number, index)
+        except BaseException:
+            self._indexes.pop(number, None)  # half caught up: the next search starts over
+            raise
+        self._indexes[number], self._seen[number] = index, transaction
+        if self._writable and index.worth_saving and len(index) > (1 + _SAVE_GROWTH) * self._saved.get(number, 0):
+            self._save(number, index)
+        return index
+
+    def _catch_up(self, number: int, index: VectorIndex) -> None:
         pending_ids: list[Ids] = []
         pending_keys: list[Keys] = []
 
@@ -139,10 +149,6 @@ class IndexSet:
             sequence = change.sequence
         flush()
         index.sequence = sequence
-        self._seen[number] = transaction
-        if self._writable and index.worth_saving and len(index) > (1 + _SAVE_GROWTH) * self._saved.get(number, 0):
-            self._save(number, index)
-        return index
 
     def _new(self) -> VectorIndex:
         from memodb.index.faiss import FaissIndex  # faiss takes a while to import: only when something is searched
@@ -197,7 +203,10 @@ class IndexSet:
         self._grown.pop(number, None)
 
     def save(self, large: int) -> None:
-        """Writer: bring namespaces that grew by at least `large` keys, or whose index is in memory, up to date and save them."""
+        """Writer.
+
+        Bring namespaces that grew by at least `large` keys, or whose index is in memory, up to date and save them.
+        """
         with self._lock:
             for number, count in list(self._grown.items()):
                 if count >= large or number in self._indexes or self._file(number).exists():

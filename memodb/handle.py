@@ -1,0 +1,224 @@
+"""An open store: its catalog, backend, indexes and lock, from opening to closing, through forks and failures."""
+
+from __future__ import annotations
+
+import os
+import threading
+import weakref
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, Self
+
+import numpy as np
+
+from memodb import layout
+from memodb.backends import registry
+from memodb.backends.base import SupportsExtents, ValueBackend
+from memodb.catalog import Catalog
+from memodb.counters import Counters
+from memodb.errors import ClosedError, CorruptionError, ReadOnlyError, StoreFullError
+from memodb.gather.gather import Source, closed, opened
+from memodb.index.manager import IndexSet
+from memodb.lock import WriterLock
+from memodb.record import RecordSpec
+
+#: A namespace is indexed at close if it grew by so many keys: up to there a reader's exact search is quick anyway.
+INDEX_AT_CLOSE = 10_000
+
+
+class Handle:
+    """What `MemoDB` is made of; the verbs are there.
+
+    Parameters
+    ----------
+    path, mode
+        As for `MemoDB.open`.
+    lock
+        The writer's lock, if this is the writer; the handle releases it.
+    settings
+        Settings to make a new store with; None opens an existing one.
+    """
+
+    def __init__(
+        self, path: Path, mode: Literal["r", "r+"], lock: WriterLock | None, settings: dict[str, Any] | None = None
+    ) -> None:
+        self._path = path
+        self._mode: Literal["r", "r+"] = mode
+        self._lock = threading.RLock()
+        self._writer_lock = lock
+        self._failed: Exception | None = None
+        self._closed = True
+        self._counters = Counters()
+        self._seen = -1
+        self._catalog = Catalog(path / layout.CATALOG, create_with=settings)
+        try:
+            stored = self._catalog.settings
+            self._spec = RecordSpec.of(stored["shape"], stored["dtype"])
+            self._backend: ValueBackend = registry.load(stored["backend"])(
+                path / layout.VALUES, self._spec, stored["options"], writable=mode == "r+"
+            )
+            if mode == "r+":
+                self._backend.restore(self._catalog.backend_state()[1])
+        except BaseException:
+            self._catalog.close()
+            raise
+        self._indexes = IndexSet(
+            path / layout.INDEX,
+            self._catalog,
+            stored["key_dim"] or 0,
+            stored["index"],
+            owner=stored["uid"],
+            writable=mode == "r+",
+        )
+        self._closed = False
+        opened()
+        _HANDLES.add(self)
+
+    def close(self) -> None:
+        """Close the store (a writer saves its large indexes first).
+
+        Batches already handed out stay valid. Closing twice is fine.
+        """
+        with self._lock:
+            if not self._closed and self._mode == "r+" and self.key_dim:
+                self._indexes.save(INDEX_AT_CLOSE)
+            self._shut()
+
+    def _shut(self) -> None:
+        if self._closed:
+            return
+        self._closed = True
+        _HANDLES.discard(self)
+        self._backend.close()
+        self._catalog.close()
+        if self._writer_lock is not None:
+            self._writer_lock.release()
+        closed()
+
+    def __del__(self) -> None:
+        if not getattr(self, "_closed", True):
+            self._shut()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        state = "closed" if self._closed else self._mode
+        return f"<MemoDB {os.fspath(self._path)!r} {self._spec}, {self.backend_name}, {state}>"
+
+    def _after_fork(self) -> None:
+        self._mode, self._writer_lock = "r", None
+        self._lock = threading.RLock()
+        self._catalog.renew_locks()
+        self._indexes.after_fork()
+        self._backend.after_fork()
+
+    # --- what it is ---
+
+    @property
+    def path(self) -> Path:
+        """Directory of the store."""
+        return self._path
+
+    @property
+    def mode(self) -> str:
+        """Either "r" or "r+"; "r" in a forked child."""
+        return self._mode
+
+    @property
+    def spec(self) -> RecordSpec:
+        """Shape and dtype of one record."""
+        return self._spec
+
+    @property
+    def key_dim(self) -> int | None:
+        """Width of the keys, None if records have none."""
+        width: int | None = self._catalog.settings["key_dim"]
+        return width
+
+    @property
+    def backend_name(self) -> str:
+        """Name of the backend."""
+        return str(self._catalog.settings["backend"])
+
+    @property
+    def index_factory(self) -> str:
+        """The faiss factory string of the index, or "auto"."""
+        return str(self._catalog.settings["index"])
+
+    @property
+    def closed(self) -> bool:
+        """Whether the handle was closed."""
+        return self._closed
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ClosedError(f"the database {self._path} is closed; open it again with MemoDB.open")
+
+    def _check_writable(self) -> None:
+        self._check_open()
+        if self._mode != "r+":
+            raise ReadOnlyError(
+                f"{self._path} is open for reading (a forked or unpickled handle always is); open it with mode='r+'"
+            )
+        if self._failed is not None:
+            raise ReadOnlyError(
+                f"an earlier write to {self._path} failed in the device ({self._failed}), so nothing more is written "
+                "through this handle; check the device, then close and open the store"
+            )
+
+    def _locate(self, ids: np.ndarray[Any, np.dtype[np.int64]]) -> Source:
+        while True:
+            seen = self._catalog.transaction()
+            locators = self._catalog.committed(ids)["locator"]
+            if self._mode == "r" and seen != self._seen:
+                self._seen, state = self._catalog.backend_state()
+                self._backend.refresh(state)
+            if not isinstance(self._backend, SupportsExtents):
+                backend = self._backend
+                return lambda out: backend.read(locators, out)
+            try:
+                return self._backend.extents(locators)
+            except FileNotFoundError as error:
+                # Compaction in another process may have moved the records between the two looks; without a commit it
+                # was not that.
+                if self._catalog.transaction() == seen:
+                    raise CorruptionError(
+                        f"a segment of {self._path} is missing ({error}); restore the store from a copy"
+                    ) from error
+
+
+class RestoringOnError:
+    """Around a write: if it fails, the backend goes back to what the catalog says is committed."""
+
+    def __init__(self, db: Handle) -> None:
+        self._db = db
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        db = self._db
+        if error is None:
+            return
+        if isinstance(error, OSError) and not isinstance(error, StoreFullError):
+            db._failed = error  # after a failed fsync nobody knows what the device holds: never retried
+        db._backend.restore(db._catalog.backend_state()[1])
+
+
+_HANDLES: weakref.WeakSet[Handle] = weakref.WeakSet()
+
+
+def _after_fork_in_child() -> None:
+    for db in list(_HANDLES):
+        db._after_fork()
+
+
+os.register_at_fork(after_in_child=_after_fork_in_child)
