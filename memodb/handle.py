@@ -16,7 +16,7 @@ from memodb.backends import registry
 from memodb.backends.base import SupportsExtents, ValueBackend
 from memodb.catalog import Catalog
 from memodb.counters import Counters
-from memodb.errors import ClosedError, CorruptionError, ReadOnlyError, StoreFullError
+from memodb.errors import ClosedError, CorruptionError, MemoDBError, ReadOnlyError
 from memodb.gather.gather import Source, closed, opened
 from memodb.index.manager import IndexSet
 from memodb.lock import WriterLock
@@ -80,9 +80,11 @@ class Handle:
         Batches already handed out stay valid. Closing twice is fine.
         """
         with self._lock:
-            if not self._closed and self._mode == "r+" and self.key_dim:
-                self._indexes.save(INDEX_AT_CLOSE)
-            self._shut()
+            try:
+                if not self._closed and self._mode == "r+" and self.key_dim:
+                    self._indexes.save(INDEX_AT_CLOSE)
+            finally:
+                self._shut()
 
     def _shut(self) -> None:
         if self._closed:
@@ -208,7 +210,7 @@ class RestoringOnError:
         db = self._db
         if error is None:
             return
-        if isinstance(error, OSError) and not isinstance(error, StoreFullError):
+        if isinstance(error, OSError) and not isinstance(error, MemoDBError):
             db._failed = error  # after a failed fsync nobody knows what the device holds: never retried
         db._backend.restore(db._catalog.backend_state()[1])
 

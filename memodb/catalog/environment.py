@@ -23,6 +23,8 @@ from memodb.errors import CorruptionError, MemoDBError, StoreAccessError, StoreF
 _MAP_SIZE = 1 << 40
 _MIN_MAP_SIZE = 1 << 28
 _MAX_READERS = 4096
+#: Bytes that the file is kept longer than its pages, allocated.
+_SPARE = 256 << 10
 TABLES = ("meta", "blocks", "names", "counts", "journal")
 
 
@@ -109,6 +111,7 @@ class Environment:
                 with translated(self.path):
                     self._env = self._open_lmdb(size, create=create)
                     if create:
+                        self._fill_lock_file()
                         self._tables = {name: self._env.open_db(name.encode()) for name in TABLES}
                     self._env.reader_check()
                 self._check_length()
@@ -159,11 +162,28 @@ class Environment:
             )
 
     def _pad(self) -> None:
-        # Pages that a transaction took and freed again need not have been written; `_check_length` counts on the file
-        # holding all.
+        # Two promises rest on the file being longer than its pages. Pages that a transaction took and freed again need
+        # not have been written, so only a file that is surely long enough lets `_check_length` tell a truncated one.
+        # And on a full file system deleting must still be possible, which takes a few pages.
         needed, found = self._length()
-        if found < needed:
-            os.truncate(self.path / "data.mdb", needed)
+        if found < needed + _SPARE // 2:
+            with (self.path / "data.mdb").open("r+b") as file:
+                try:
+                    os.posix_fallocate(file.fileno(), found, needed + _SPARE - found)
+                except OSError:
+                    os.truncate(file.fileno(), max(found, needed))
+
+    def _fill_lock_file(self) -> None:
+        # Readers enter themselves through a mapping of the lock file: a hole there would be a SIGBUS on a full tmpfs.
+        with (self.path / "lock.mdb").open("r+b") as file:
+            stat = os.fstat(file.fileno())
+            if stat.st_blocks * 512 < stat.st_size:
+                try:
+                    os.posix_fallocate(file.fileno(), 0, stat.st_size)
+                except OSError as error:
+                    raise StoreFullError(
+                        f"no room for a catalog in {self.path}: {error.strerror}; free space on its file system"
+                    ) from error
 
     @property
     def handle(self) -> lmdb.Environment:

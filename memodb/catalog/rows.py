@@ -46,15 +46,15 @@ def unpack(raw: memoryview | bytes | None) -> Rows:
 
 def write_rows(txn: lmdb.Transaction, table: Any, ids: Ids, rows: Rows) -> None:
     """Store `rows` under `ids` (ascending, unique) inside a write transaction."""
-    blocks = ids // BLOCK
-    for block in np.unique(blocks):
-        inside = blocks == block
-        places = (ids[inside] % BLOCK).astype(np.intp)
-        old = unpack(txn.get(block_key(int(block)), db=table))
-        new = np.zeros(max(len(old), int(places.max()) + 1), ROW)
+    blocks, starts = np.unique(ids // BLOCK, return_index=True)
+    stops = np.append(starts[1:], len(ids))[: len(starts)]
+    for block, start, stop in zip(blocks.tolist(), starts.tolist(), stops.tolist(), strict=True):
+        places = ids[start:stop] % BLOCK
+        old = unpack(txn.get(block_key(block), db=table))
+        new = np.zeros(max(len(old), int(places[-1]) + 1), ROW)
         new[: len(old)] = old
-        new[places] = rows[inside]
-        txn.put(block_key(int(block)), _STAMP.pack(txn.id()) + new.tobytes(), db=table)
+        new[places] = rows[start:stop]
+        txn.put(block_key(block), _STAMP.pack(txn.id()) + new.tobytes(), db=table)
 
 
 class RowCache:
