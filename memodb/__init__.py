@@ -7,7 +7,7 @@ pages can be mapped.
 from importlib.metadata import PackageNotFoundError as _PackageNotFoundError
 from importlib.metadata import version as _version
 
-from memodb.backends.registry import BackendInfo, backends
+from memodb.backends.registry import BackendInfo, available_backends
 from memodb.database import MemoDB, SearchResult
 from memodb.errors import (
     BackendNotFoundError,
@@ -65,6 +65,6 @@ __all__ = [
     "StoreNotFoundError",
     "WriterLockedError",
     "__version__",
-    "backends",
+    "available_backends",
     "copy",
 ]

@@ -90,7 +90,7 @@ class MemoDB(Handle):
         key_dim
             Width of the float32 keys; None for a store that is never searched.
         backend
-            Name of the backend that holds the records (see `memodb.backends`).
+            Name of the backend that holds the records (see `memodb.available_backends`).
         index
             faiss factory string ("Flat", "HNSW32", "IVF1024,PQ32", ...), or "auto": exact while a namespace is small,
             HNSW32 beyond.
@@ -408,20 +408,35 @@ class MemoDB(Handle):
         k = arguments.as_count("k", k)
         limit = arguments.as_distance(max_distance)
         names, rows = arguments.as_namespaces(namespace, len(wanted))
-        ids = np.full((len(wanted), k), -1, np.int64)
-        distances = np.full((len(wanted), k), np.inf, np.float32)
-        for number, members in zip(
-            self._catalog.namespace_numbers(names), arguments.grouped(rows, len(names)), strict=True
-        ):
-            if number is not None and len(members):
-                ids[members], distances[members] = self._indexes.search(number, wanted[members], k)
-        _leave_out(
-            ids, distances, (ids >= 0) & ~self._catalog.is_live(np.maximum(ids, 0).reshape(-1)).reshape(ids.shape)
-        )
-        _leave_out(ids, distances, distances > limit)
+        numbers = self._catalog.namespace_numbers(names)
+        while True:
+            seen = self._catalog.transaction()
+            ids, distances = self._search(wanted, k, numbers, rows)
+            dead = ((ids >= 0) & ~self._catalog.is_live(np.maximum(ids, 0).reshape(-1)).reshape(ids.shape)).any(axis=1)
+            if not dead.any():
+                break
+            # Somebody deleted meanwhile, and the index learns of it at the next look; or else a saved index is wrong.
+            if self._catalog.transaction() == seen:
+                self._indexes.distrust({n for n in np.array(numbers, object)[rows[dead]] if n is not None})
+        far = distances > limit
+        ids[far], distances[far] = -1, np.inf  # nearest first: what is left out stands last
         self._counters.searches += 1
         self._counters.keys_searched += len(wanted)
         return SearchResult(ids, distances)
+
+    def _search(
+        self,
+        wanted: np.ndarray[Any, np.dtype[np.float32]],
+        k: int,
+        numbers: list[int | None],
+        rows: np.ndarray[Any, np.dtype[np.intp]],
+    ) -> tuple[Ids, np.ndarray[Any, np.dtype[np.float32]]]:
+        ids = np.full((len(wanted), k), -1, np.int64)
+        distances = np.full((len(wanted), k), np.inf, np.float32)
+        for number, members in zip(numbers, arguments.grouped(rows, len(numbers)), strict=True):
+            if number is not None and len(members):
+                ids[members], distances[members] = self._indexes.search(number, wanted[members], k)
+        return ids, distances
 
     def ids(self, namespace: str | None = None) -> Ids:
         """Return the ids of all records, or of those in one namespace, int64 [n], ascending."""
@@ -527,12 +542,3 @@ def _check_out(out: Any, spec: RecordSpec, n: int) -> None:
         raise InvalidRecordError(
             f"out must be a writable C-contiguous {spec.dtype_name} array {list(spec.batch_shape(n))}, found {found}"
         )
-
-
-def _leave_out(
-    ids: Ids, distances: np.ndarray[Any, np.dtype[np.float32]], unwanted: np.ndarray[Any, np.dtype[np.bool_]]
-) -> None:
-    if unwanted.any():
-        ids[unwanted], distances[unwanted] = -1, np.inf
-        order = np.argsort(ids < 0, axis=1, kind="stable")
-        ids[:], distances[:] = np.take_along_axis(ids, order, 1), np.take_along_axis(distances, order, 1)

@@ -102,6 +102,7 @@ class Handle:
             self._shut()
 
     def __enter__(self) -> Self:
+        self._check_open()
         return self
 
     def __exit__(

@@ -81,7 +81,7 @@ def load(name: str) -> type[ValueBackend]:
     return loaded
 
 
-def backends() -> list[BackendInfo]:
+def available_backends() -> list[BackendInfo]:
     """Return every backend that is known here, by name."""
     infos = []
     for name in sorted([*_BUILTIN, *_third_parties()]):

@@ -205,8 +205,10 @@ class Environment:
         return found
 
     def last_transaction(self) -> int:
-        """Return the number of the last committed transaction, by whichever process (no lock, no transaction)."""
-        return int(self.handle.info()["last_txnid"])
+        """Return the number of the last committed transaction that readers see, by whichever process."""
+        # Not info()["last_txnid"]: that is the meta page's, which LMDB writes a moment before readers are let see it.
+        with self._read_gate, translated(self.path), self.handle.begin() as txn:
+            return int(txn.id())
 
     @contextmanager
     def read(self) -> Iterator[lmdb.Transaction]:

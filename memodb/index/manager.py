@@ -18,6 +18,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from memodb.checksum import crc32c
+from memodb.errors import CorruptionError
 from memodb.index.base import Distances, Ids, Keys, VectorIndex
 
 log = logging.getLogger(__name__)
@@ -88,6 +89,7 @@ class IndexSet:
         self._seen: dict[int, int] = {}
         self._saved: dict[int, int] = {}
         self._grown: dict[int, int] = {}
+        self._distrusted: set[int] = set()
         self._lock = threading.RLock()
 
     def after_fork(self) -> None:
@@ -158,6 +160,25 @@ class IndexSet:
     def _file(self, number: int) -> Path:
         return self._path / f"{number:08d}.index"
 
+    def distrust(self, numbers: Iterable[int]) -> None:
+        """Build indexes anew, from the catalog alone, that returned what the catalog does not know.
+
+        Raises
+        ------
+        CorruptionError
+            If that was done before: then the catalog contradicts itself.
+        """
+        with self._lock:
+            for number in numbers:
+                if number in self._distrusted:
+                    raise CorruptionError(
+                        f"keys and records of namespace {number} in {self._path.parent} contradict each other; "
+                        "verify() tells more; restore the store from a copy"
+                    )
+                log.warning("index of namespace %d returned unknown records; building it again", number)
+                self._distrusted.add(number)
+                self._indexes.pop(number, None)
+
     def _label(self) -> bytes:
         return f"{self._owner} {self._factory}".encode()
 
@@ -165,6 +186,8 @@ class IndexSet:
         from memodb.index.faiss import FaissIndex
 
         file = self._file(number)
+        if number in self._distrusted:
+            return None
         try:
             data = file.read_bytes()
         except OSError:
@@ -221,6 +244,7 @@ class IndexSet:
             self._indexes.clear()
             self._seen.clear()
             self._saved.clear()
+            self._distrusted.clear()
             for file in self._path.glob("*.index"):
                 file.unlink(missing_ok=True)
             for number in numbers:

@@ -1,0 +1,116 @@
+"""The result as a picture of four panels."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .report import Result
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+__all__ = ["draw"]
+
+# Okabe and Ito's colours, which colour-blind readers can tell apart.
+_BLUE, _ORANGE, _GREEN, _PURPLE, _GREY = "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#999999"
+_LEVEL_COLOURS = {"conservative": _BLUE, "moderate": _ORANGE, "aggressive": _GREEN}
+_PART_COLOURS = {"embed": _ORANGE, "search": _PURPLE, "fetch": _GREEN, "attention": _BLUE}
+
+
+def draw(result: Result, path: Path) -> None:
+    """Draw the result into a PNG file."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(2, 2, figsize=(13, 8.5), layout="constrained")
+    figure.suptitle(f"memodb demo: {result.title}", fontsize=13)
+    _end_to_end(axes[0, 0], result)
+    _rates(axes[0, 1], result)
+    _parts(axes[1, 0], result)
+    _gathers(axes[1, 1], result)
+    for axis in axes.flat:
+        axis.spines[["top", "right"]].set_visible(False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)
+
+
+def _end_to_end(axis: Axes, result: Result) -> None:
+    bars: list[tuple[str, dict[str, Any], str]] = []
+    for name, evaluation in (("all layers", result.all_layers), ("profiled", result.profiled)):
+        for row in evaluation.rows:
+            label = f"{row['level']}\n{name}" if row["level"] else f"without\n({name} run)"
+            bars.append((label, row, _LEVEL_COLOURS.get(row["level"], _GREY)))
+    drawn = axis.bar([bar[0] for bar in bars], [bar[1]["seconds"] for bar in bars], color=[bar[2] for bar in bars])
+    for patch, (_, row, _) in zip(drawn, bars, strict=True):
+        said = f"{row['seconds']:.2f} s"
+        if row["accuracy"] is not None:
+            said += f"\nacc. {100 * row['accuracy']:.1f} %"
+        axis.annotate(
+            said, (patch.get_x() + patch.get_width() / 2, patch.get_height()), ha="center", va="bottom", fontsize=8
+        )
+    axis.margins(y=0.18)
+    axis.tick_params(axis="x", labelsize=7)
+    axis.set_ylabel(f"time for {result.all_layers.sequences:,} sequences [s]")
+    axis.set_title("End to end, with accuracy")
+
+
+def _rates(axis: Axes, result: Result) -> None:
+    levels = list(result.all_layers.stats)
+    width = 0.8 / max(1, len(levels))
+    for number, level in enumerate(levels):
+        stats = result.all_layers.stats[level]
+        rates = [100 * row["hits"] / max(1, stats["sequences"]) for row in stats["layers"]]
+        places = [layer + (number - (len(levels) - 1) / 2) * width for layer in range(len(rates))]
+        axis.bar(places, rates, width, label=level, color=_LEVEL_COLOURS.get(level, _GREY))
+    axis.set_xticks(range(result.built.layers))
+    axis.set_ylim(0, 100)
+    axis.set_xlabel("layer")
+    axis.set_ylabel("sequences with a hit [%]")
+    axis.set_title("Memoization rate by layer (all layers memoized)")
+    axis.legend(frameon=False)
+
+
+def _parts(axis: Axes, result: Result) -> None:
+    levels = list(result.all_layers.stats)
+    level = "moderate" if "moderate" in levels else levels[0]
+    stats = result.all_layers.stats[level]
+    profile = result.built.profile
+    layers = range(len(stats["layers"]))
+    if profile is not None:
+        plain = [1e3 * row.attention_seconds * stats["sequences"] for row in profile.layers]
+        axis.bar([layer - 0.2 for layer in layers], plain, 0.38, label="original attention", color=_GREY)
+    bottom = [0.0] * len(stats["layers"])
+    for part, colour in _PART_COLOURS.items():
+        taken = [1e3 * row[f"{part}_seconds"] for row in stats["layers"]]
+        axis.bar([layer + 0.2 for layer in layers], taken, 0.38, bottom=bottom, label=part, color=colour)
+        bottom = [low + high for low, high in zip(bottom, taken, strict=True)]
+    axis.set_xticks(list(layers))
+    axis.margins(y=0.35)
+    axis.set_xlabel("layer")
+    axis.set_ylabel("time of one pass [ms]")
+    axis.set_title(f"Time by layer, level {level}: original (left), memoized (right)")
+    axis.legend(frameon=False, ncols=3, fontsize=8, loc="upper left")
+
+
+def _gathers(axis: Axes, result: Result) -> None:
+    ways = list(result.gathers[0].seconds)
+    height = 0.8 / len(result.gathers)
+    for number, times in enumerate(result.gathers):
+        places = [way + (number - (len(result.gathers) - 1) / 2) * height for way in range(len(ways))]
+        values = [1e3 * times.seconds[way] for way in ways]
+        how = "mapped" if times.zero_copy else "copied"
+        colour = (_BLUE, _ORANGE)[number % 2]
+        axis.barh(places, values, height, label=f"{times.title} (memodb: {how})", color=colour)
+        for place, value in zip(places, values, strict=True):
+            axis.annotate(f" {value:.3g} ms", (value, place), va="center", fontsize=8)
+    axis.set_yticks(range(len(ways)), ways)
+    axis.invert_yaxis()
+    axis.set_xscale("log")
+    axis.margins(x=0.2)
+    axis.set_xlabel("gather + one read of everything [ms], logarithmic")
+    axis.set_title("64 scattered records into one tensor")
+    axis.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.4, -0.14), ncols=1)

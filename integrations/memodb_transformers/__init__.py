@@ -1,0 +1,45 @@
+"""Memoized attention for Hugging Face encoders, on a memodb database.
+
+A store is built once from a model and data; inside ``memoize`` the model reuses stored attention probabilities where
+a similar sequence was seen before::
+
+    import memodb_transformers as mt
+
+    mt.build(model, batches, "memo-store")
+    with mt.memoize(model, "memo-store", level="moderate") as memo:
+        output = model(**batch)
+        print(memo.stats()["memoization_rate"])
+"""
+
+from .embedding import Embedder, RandomProjection
+from .errors import InvalidBatchError, MemoizationActiveError, StoreMismatchError, UnsupportedModelError
+from .evaluation import EvaluationReport, evaluate
+from .families import Family, families
+from .memoize import Memo, memoize
+from .profiling import LayerProfile, ProfileReport, profile
+from .record import BuildReport, build
+from .similarity import memoization_rate, similarity_score
+from .thresholds import LEVELS
+
+__all__ = [
+    "LEVELS",
+    "BuildReport",
+    "Embedder",
+    "EvaluationReport",
+    "Family",
+    "InvalidBatchError",
+    "LayerProfile",
+    "Memo",
+    "MemoizationActiveError",
+    "ProfileReport",
+    "RandomProjection",
+    "StoreMismatchError",
+    "UnsupportedModelError",
+    "build",
+    "evaluate",
+    "families",
+    "memoization_rate",
+    "memoize",
+    "profile",
+    "similarity_score",
+]

@@ -1,0 +1,134 @@
+"""The ``memodb-transformers`` command: build, profile and evaluate a memo store of a classifier on a text file."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from memodb import MemoDBError
+
+__all__ = ["main"]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns its exit status."""
+    arguments = _parser().parse_args(argv)
+    try:
+        report = arguments.run(arguments)
+    except (MemoDBError, ValueError, OSError) as error:
+        print(f"memodb-transformers: {error}", file=sys.stderr)
+        return 1
+    print(json.dumps(report.to_dict(), indent=1) if arguments.json else report.to_markdown())
+    return 0
+
+
+def _build(arguments: argparse.Namespace) -> Any:
+    from .record import build
+
+    model, batches = _load(arguments)
+    return build(
+        model,
+        batches,
+        arguments.store,
+        store_dtype=arguments.store_dtype,
+        backend=arguments.backend,
+        key_dim=arguments.key_dim,
+        seed=arguments.seed,
+        profile=not arguments.no_profile,
+        progress=arguments.progress,
+    )
+
+
+def _profile(arguments: argparse.Namespace) -> Any:
+    from .profiling import profile
+
+    model, batches = _load(arguments)
+    return profile(model, batches, arguments.store, progress=arguments.progress)
+
+
+def _evaluate(arguments: argparse.Namespace) -> Any:
+    from .evaluation import evaluate
+
+    model, batches = _load(arguments)
+    layers = arguments.layers
+    if layers not in ("profiled", "all"):
+        try:
+            layers = [int(layer) for layer in layers.split(",")]
+        except ValueError as error:
+            raise ValueError(f"expected --layers profiled, all or numbers such as 0,3,5; found {layers!r}") from error
+    return evaluate(
+        model,
+        batches,
+        arguments.store,
+        levels=arguments.levels.split(","),
+        layers=layers,
+        repeats=arguments.repeats,
+        progress=arguments.progress,
+    )
+
+
+def _load(arguments: argparse.Namespace) -> tuple[Any, list[Any]]:
+    """Load model and tokenizer, and tokenize the file."""
+    import torch
+    from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
+    from transformers.utils import logging
+
+    from .data import read_text, to_batches
+
+    logging.disable_progress_bar()
+    sentences, labels = read_text(arguments.data, arguments.limit)
+    kind = AutoModel if labels is None else AutoModelForSequenceClassification
+    # CPUs multiply half precision far more slowly than float32, and the memo multiplies in float32 anyway.
+    model = kind.from_pretrained(arguments.model, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(arguments.model)
+    batches = to_batches(
+        tokenizer, sentences, labels, padded_length=arguments.padded_length, batch_size=arguments.batch_size
+    )
+    return model, batches
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="memodb-transformers",
+        description="Memoize the attention of BERT-like encoders: build a store, profile it, evaluate it.",
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("model", help="model directory or hub name, with its tokenizer")
+    common.add_argument(
+        "data", help=".tsv file with the header sentence<TAB>label, or a text file with one sentence a line"
+    )
+    common.add_argument("store", help="folder of the memo store")
+    common.add_argument("--padded-length", type=int, default=64, metavar="L", help="tokens of a sequence (default 64)")
+    common.add_argument("--batch-size", type=int, default=32, metavar="N", help="sequences a batch (default 32)")
+    common.add_argument("--limit", type=int, metavar="N", help="use N sentences, evenly spread over the file")
+    common.add_argument("--json", action="store_true", help="print JSON instead of Markdown")
+    common.add_argument(
+        "--progress", action=argparse.BooleanOptionalAction, help="progress bars (default: on a terminal)"
+    )
+
+    build = commands.add_parser("build", parents=[common], help="record attention probabilities into a new store")
+    build.add_argument("--store-dtype", default="float32", help="dtype of the records (default float32)")
+    build.add_argument("--backend", default="arena", help="backend of the store (default arena)")
+    build.add_argument("--key-dim", type=int, default=128, help="components of a key (default 128)")
+    build.add_argument("--seed", type=int, default=0, help="seed of the random projection (default 0)")
+    build.add_argument("--no-profile", action="store_true", help="neither hold out nor profile")
+    build.set_defaults(run=_build)
+
+    profile = commands.add_parser("profile", parents=[common], help="calibrate and time a store on held-out data")
+    profile.set_defaults(run=_profile)
+
+    evaluate = commands.add_parser("evaluate", parents=[common], help="compare with and without memoization")
+    evaluate.add_argument("--levels", default="conservative,moderate,aggressive", help="comma-separated levels")
+    evaluate.add_argument("--layers", default="profiled", help="profiled, all, or numbers such as 0,3,5")
+    evaluate.add_argument("--repeats", type=int, default=3, help="timed passes of each row (default 3)")
+    evaluate.set_defaults(run=_evaluate)
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,32 @@
+"""The exceptions of memodb_transformers; all stand under :class:`memodb.MemoDBError`.
+
+::
+
+    memodb.MemoDBError
+    ├── UnsupportedModelError    (TypeError)      no attention family that can be memoized
+    ├── StoreMismatchError       (ValueError)     the store was built from another model, or is no memo store
+    ├── MemoizationActiveError   (RuntimeError)   the model is memoized already
+    └── InvalidBatchError        (ValueError)     batches that cannot be recorded
+"""
+
+from __future__ import annotations
+
+from memodb import MemoDBError
+
+__all__ = ["InvalidBatchError", "MemoizationActiveError", "StoreMismatchError", "UnsupportedModelError"]
+
+
+class UnsupportedModelError(MemoDBError, TypeError):
+    """The model has no attention layers of a supported family; the message lists the families."""
+
+
+class StoreMismatchError(MemoDBError, ValueError):
+    """The memo store does not belong to this model, or lacks what was asked of it."""
+
+
+class MemoizationActiveError(MemoDBError, RuntimeError):
+    """The model is inside a ``memoize`` block already."""
+
+
+class InvalidBatchError(MemoDBError, ValueError):
+    """Batches are empty, of differing padded length, or lack what a recording needs."""

@@ -1,0 +1,118 @@
+"""The two measures of the AttMemo paper: similarity of attention probabilities (Eq. 1) and memoization rate (Eq. 2)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+__all__ = ["memoization_rate", "similarity_score", "similarity_scores"]
+
+
+def similarity_scores(a: Tensor, a2: Tensor, lengths: Tensor | None = None) -> Tensor:
+    """Similarity of each pair of records of a batch: Eq. 1 of the AttMemo paper, averaged over the heads.
+
+    Parameters
+    ----------
+    a, a2
+        Attention probabilities ``[n, heads, L, L]``.
+    lengths
+        Valid lengths int ``[n]``: only the first ``lengths[i]`` rows of a record count. Default: all ``L``.
+
+    Returns
+    -------
+    Tensor
+        float32 ``[n]``, 1 for equal records and 0 for records that share no probability mass.
+    """
+    distance = 0.5 * (a.float() - a2.float()).abs().sum(dim=-1).mean(dim=1)  # total variation, [n, L]
+    if lengths is None:
+        return 1.0 - distance.mean(dim=-1)
+    rows = torch.arange(distance.shape[1], device=distance.device)
+    counted = (rows < lengths.to(distance.device)[:, None]).float()
+    return 1.0 - (distance * counted).sum(dim=1) / counted.sum(dim=1).clamp(min=1.0)
+
+
+def similarity_score(a: Any, a2: Any, lengths: Any = None) -> float:
+    """Similarity score of two attention probability matrices: Eq. 1 of the AttMemo paper.
+
+    One minus the mean total-variation distance of the rows, ``1 - mean_p 0.5 * ||a[p] - a2[p]||_1``.
+
+    Parameters
+    ----------
+    a, a2
+        Probabilities of equal shape ``[..., L, L]`` (numpy, torch or nested lists); leading axes, such as heads and
+        batch, are averaged over.
+    lengths
+        Number of valid rows: one int, or one per record when the shape is ``[n, heads, L, L]``. Rows beyond it are
+        padding and do not count. Default: all rows.
+
+    Returns
+    -------
+    float
+        In [0, 1] for probabilities.
+
+    Raises
+    ------
+    ValueError
+        The shapes differ, are no ``[..., L, L]``, or a length lies outside 1..L.
+    """
+    first, second = _as_float(a), _as_float(a2)
+    if first.shape != second.shape or first.ndim < 2:
+        raise ValueError(
+            f"expected two arrays of one shape [..., L, L]; found {list(first.shape)} and {list(second.shape)}"
+        )
+    distance = 0.5 * np.abs(first - second).sum(axis=-1)  # [..., L]
+    if distance.size == 0:
+        raise ValueError(f"expected at least one row of probabilities; found shape {list(first.shape)}")
+    if lengths is None:
+        return float(1.0 - distance.mean())
+    counts = np.asarray(lengths.cpu() if isinstance(lengths, Tensor) else lengths)
+    if not np.issubdtype(counts.dtype, np.integer) or counts.min() < 1 or counts.max() > distance.shape[-1]:
+        raise ValueError(f"expected lengths of 1 to {distance.shape[-1]}; found {counts.tolist()}")
+    if counts.ndim not in (0, 1) or (counts.ndim == 1 and (first.ndim != 4 or len(counts) != len(first))):
+        raise ValueError(
+            f"expected one length, or one for each record of [n, heads, L, L]; found {counts.size} "
+            f"for shape {list(first.shape)}"
+        )
+    counts = counts if counts.ndim == 0 else counts[:, None]
+    per_row = distance.reshape(-1, distance.shape[-1]) if counts.ndim == 0 else distance.mean(axis=1)
+    counted = np.arange(distance.shape[-1]) < counts
+    means = np.where(counted, per_row, 0.0).sum(axis=-1) / counted.sum(axis=-1)
+    return float(1.0 - means.mean())
+
+
+def memoization_rate(hits: int | Sequence[int], sequences: int, layers: int | None = None) -> float:
+    """Share of attention computations that were replaced: Eq. 2 of the AttMemo paper, ``M / (N * L)``.
+
+    Parameters
+    ----------
+    hits
+        M, the number of successful reuses: in total, or one count for each layer.
+    sequences
+        N, the number of sequences that went through the model.
+    layers
+        L, the number of self-attention layers of the model; taken from ``hits`` when that has one count each.
+
+    Raises
+    ------
+    ValueError
+        ``layers`` is missing, or a count is negative or more than N * L.
+    """
+    total = int(hits) if isinstance(hits, int | np.integer) else int(sum(hits))
+    if layers is None:
+        if isinstance(hits, int | np.integer):
+            raise ValueError("expected layers= with a total count of hits; found none")
+        layers = len(hits)
+    if sequences < 0 or layers < 0 or not 0 <= total <= sequences * layers:
+        raise ValueError(f"expected between 0 and sequences * layers = {sequences} * {layers} hits; found {total}")
+    return total / (sequences * layers) if sequences and layers else 0.0
+
+
+def _as_float(values: Any) -> NDArray[np.float64]:
+    if isinstance(values, Tensor):
+        return values.detach().cpu().double().numpy()
+    return np.asarray(values, dtype=np.float64)

@@ -1,0 +1,179 @@
+"""A memo store on disk: a memodb database, and beside it what belongs to the model.
+
+``path/`` is the database. ``path/transformers/`` holds, as JSON and ``.npy`` files that are read without pickle:
+
+- ``memo.json``: which model and shape the records are of; written last, so that a broken build is no memo store
+- ``embedder-*.npy``: the parameters of the embedder
+- ``profile.json``: calibration and costs of each layer, once profiled
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+import memodb
+
+from .embedding import Embedder, load_embedder
+from .errors import StoreMismatchError
+from .families import ModelSites
+
+__all__ = ["MemoStore", "ModelCard", "open_store", "read_profile", "write_profile", "write_store"]
+
+_FORMAT = "memodb-transformers"
+_VERSION = 1
+_FOLDER = "transformers"
+# Weight norms survive a change of dtype or device within this relative error, but not further training.
+_NORM_TOLERANCE = 0.01
+
+
+@dataclass(frozen=True, slots=True)
+class ModelCard:
+    """Which model a store was built from; enough to refuse another one."""
+
+    family: str
+    layers: int
+    heads: int
+    head_dim: int
+    hidden_size: int
+    norms: tuple[float, ...]
+
+    @classmethod
+    def of(cls, sites: ModelSites) -> ModelCard:
+        """Describe a model by its shape and the norms of its Q and K projections, which make the probabilities."""
+        first = sites.layers[0]
+        norms = []
+        for site in sites.layers:
+            for which in ("query", "key"):
+                weight = getattr(site.projection(which), "weight", None)
+                if isinstance(weight, Tensor) and weight.is_floating_point():
+                    norms.append(round(float(weight.detach().double().norm()), 6))
+                else:
+                    norms.append(-1.0)  # quantized: cannot be compared
+        return cls(sites.family.name, len(sites.layers), first.heads, first.head_dim, sites.hidden_size, tuple(norms))
+
+    def check(self, other: ModelCard, path: Path) -> None:
+        """Raise :class:`StoreMismatchError` unless ``other`` is the model that the store at ``path`` is of."""
+        for name in ("family", "layers", "heads", "head_dim", "hidden_size"):
+            built, found = getattr(self, name), getattr(other, name)
+            if built != found:
+                raise StoreMismatchError(
+                    f"the store at {path} was built from a model with {name} = {built}; found {name} = {found}: "
+                    "build a store for this model"
+                )
+        pairs = [(a, b) for a, b in zip(self.norms, other.norms, strict=True) if a >= 0 and b >= 0]
+        if any(abs(a - b) > _NORM_TOLERANCE * max(a, b) for a, b in pairs):
+            raise StoreMismatchError(
+                f"the store at {path} was built from a model of this shape with other weights (the norms of its query "
+                "and key projections differ): build a store for this model"
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class MemoStore:
+    """An open memo store."""
+
+    path: Path
+    db: memodb.MemoDB
+    card: ModelCard
+    padded_length: int
+    store_dtype: str
+    target: str
+    embedder: Embedder
+    profile: dict[str, Any] | None
+
+
+def write_store(
+    path: Path, card: ModelCard, padded_length: int, store_dtype: str, target: str, embedder: Embedder
+) -> None:
+    """Write what makes a database a memo store."""
+    folder = path / _FOLDER
+    folder.mkdir(exist_ok=True)
+    arrays = embedder.arrays()
+    for name, array in arrays.items():
+        np.save(folder / f"embedder-{name}.npy", array, allow_pickle=False)
+    memo = {
+        "format": _FORMAT,
+        "version": _VERSION,
+        "model": asdict(card),
+        "padded_length": padded_length,
+        "store_dtype": store_dtype,
+        "target": target,
+        "embedder": {**embedder.config(), "arrays": sorted(arrays)},
+    }
+    _write_json(folder / "memo.json", memo)
+
+
+def write_profile(path: Path, profile: dict[str, Any]) -> None:
+    """Write the profile of a memo store, in place of an earlier one."""
+    _write_json(path / _FOLDER / "profile.json", profile)
+
+
+def read_profile(path: Path) -> dict[str, Any] | None:
+    """Read the profile of a memo store, or None where there is none yet."""
+    file = path / _FOLDER / "profile.json"
+    return _read_json(file) if file.exists() else None
+
+
+@contextmanager
+def open_store(path: str | os.PathLike[str], card: ModelCard) -> Iterator[MemoStore]:
+    """Open a memo store for reading, and close it at the end.
+
+    Raises
+    ------
+    memodb.StoreNotFoundError
+        Nothing is at ``path``.
+    StoreMismatchError
+        The store is of another model, or no memo store.
+    """
+    root = Path(path)
+    with memodb.MemoDB.open(root, mode="r") as db:
+        file = root / _FOLDER / "memo.json"
+        if not file.exists():
+            raise StoreMismatchError(
+                f"{root} is a memodb database, but no memo store of a model ({_FOLDER}/memo.json is missing): "
+                "make one with memodb_transformers.build"
+            )
+        memo = _read_json(file)
+        if memo.get("format") != _FORMAT or memo.get("version") != _VERSION:
+            raise StoreMismatchError(
+                f"expected {file} in format {_FORMAT} version {_VERSION}; found {memo.get('format')!r} version "
+                f"{memo.get('version')!r}: build the store again with this version"
+            )
+        try:
+            built = ModelCard(**{**memo["model"], "norms": tuple(memo["model"]["norms"])})
+            config = memo["embedder"]
+            names = [str(name) for name in config["arrays"]]
+            padded_length, store_dtype, target = int(memo["padded_length"]), memo["store_dtype"], memo["target"]
+        except (KeyError, TypeError, ValueError) as error:
+            raise StoreMismatchError(f"{file} is damaged ({error!r}): build the store again") from error
+        built.check(card, root)
+        if not all(name.isidentifier() for name in names):
+            raise StoreMismatchError(f"{file} is damaged (arrays {names}): build the store again")
+        arrays = {name: np.load(root / _FOLDER / f"embedder-{name}.npy", allow_pickle=False) for name in names}
+        embedder = load_embedder(config, arrays)
+        yield MemoStore(root, db, built, padded_length, store_dtype, target, embedder, read_profile(root))
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    draft = path.with_suffix(".tmp")
+    draft.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    os.replace(draft, path)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise StoreMismatchError(f"{path} is damaged ({error}): build the store again") from error
+    if not isinstance(content, dict):
+        raise StoreMismatchError(f"{path} is damaged (no JSON object): build the store again")
+    return content

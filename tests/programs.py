@@ -1,0 +1,35 @@
+"""Programs run in processes of their own: what they do could hang, crash or exhaust the test process."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+
+def run_program(folder: Path, text: str, *arguments: Any, wrapper: tuple[str, ...] = (), timeout: float = 180) -> str:
+    """Run a Python program from a file in `folder` and return what it printed.
+
+    Raises
+    ------
+    AssertionError
+        If it hangs, crashes or fails; its stderr is shown.
+    """
+    program = folder / "program.py"
+    program.write_text(text)
+    command = [*wrapper, sys.executable, str(program), *map(str, arguments)]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    try:
+        out, err = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        import os
+        import signal
+
+        os.killpg(process.pid, signal.SIGKILL)  # its children hang as well
+        out, err = process.communicate()
+        raise AssertionError(f"the program hung for {timeout} s\n{out}\n{err}") from None
+    assert process.returncode == 0, f"status {process.returncode}\n{out}\n{err}"
+    return out

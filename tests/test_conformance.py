@@ -1,0 +1,53 @@
+"""The suites of `memodb.testing`, run for every backend of ours."""
+
+import os
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+from memodb.testing import BackendTests, StoreMachine
+
+#: Examples of each state machine; more of them: MEMODB_EXAMPLES=300.
+EXAMPLES = int(os.environ.get("MEMODB_EXAMPLES", "15"))
+#: No example database: the tests run from a tree that they may not write to as well.
+SETTINGS = settings(
+    max_examples=EXAMPLES,
+    stateful_step_count=30,
+    deadline=None,
+    database=None,
+    print_blob=True,
+    suppress_health_check=[HealthCheck.too_slow],
+)
+
+
+class TestArenaInMemory(BackendTests):
+    backend = "arena"
+
+    @pytest.fixture
+    def folder(self, shm):
+        return shm
+
+
+class TestArenaOnDisk(BackendTests):
+    backend = "arena"
+
+    @pytest.fixture
+    def folder(self, disk):
+        return disk
+
+
+class ArenaInMemory(StoreMachine):
+    options = {"segment_bytes": 1 << 20}  # noqa: RUF012  (declared a class variable where it is defined)
+    parent = Path("/dev/shm") if os.access("/dev/shm", os.W_OK) else None
+
+
+class ArenaOnDisk(StoreMachine):
+    parent = None
+    shape = (3, 5)
+
+
+TestArenaMachineInMemory = ArenaInMemory.TestCase
+TestArenaMachineInMemory.settings = SETTINGS
+TestArenaMachineOnDisk = ArenaOnDisk.TestCase
+TestArenaMachineOnDisk.settings = SETTINGS

@@ -1,0 +1,169 @@
+"""Creating and opening: what a store knows of itself, and what is refused."""
+
+import os
+
+import numpy as np
+import pytest
+
+import memodb
+from memodb.testing import assert_same_bytes, random_records
+
+
+def test_a_store_describes_itself(folder):
+    settings = {"shape": (3, 4, 5), "dtype": "float16", "key_dim": 7, "index": "HNSW32"}
+    with memodb.MemoDB.create(folder / "store", **settings) as db:
+        described = [(db.spec.shape, db.spec.dtype, db.spec.nbytes, db.key_dim, db.backend_name, db.index_factory)]
+        assert db.mode == "r+"
+    with memodb.MemoDB.open(folder / "store") as db:
+        described.append((db.spec.shape, db.spec.dtype, db.spec.nbytes, db.key_dim, db.backend_name, db.index_factory))
+        assert db.mode == "r"
+        assert os.fspath(db.path) == os.fspath(folder / "store")
+    assert described == [((3, 4, 5), np.dtype("float16"), 120, 7, "arena", "HNSW32")] * 2
+
+
+def test_path_may_be_text_or_path(path):
+    memodb.MemoDB.create(str(path), shape=(1,), dtype="int8").close()
+    memodb.MemoDB.open(path).close()
+    memodb.MemoDB.open(str(path)).close()
+
+
+def test_create_on_an_existing_store_is_refused_and_harmless(make, path):
+    values = random_records(2, (2, 1024), "float32")
+    db = make()
+    ids = db.put(values)
+    with pytest.raises(FileExistsError, match="store") as caught:
+        memodb.MemoDB.create(path, shape=(1,), dtype="int8")
+    assert isinstance(caught.value, memodb.MemoDBError)
+    assert_same_bytes(db.multiget(ids), values)
+
+
+def test_create_over_other_files_is_refused_and_harmless(path):
+    path.mkdir()
+    (path / "thesis.tex").write_text("years of work")
+    with pytest.raises(FileExistsError):
+        memodb.MemoDB.create(path, shape=(1,), dtype="int8")
+    assert (path / "thesis.tex").read_text() == "years of work"
+
+
+def test_open_of_nothing(path):
+    with pytest.raises(FileNotFoundError, match="store") as caught:
+        memodb.MemoDB.open(path)
+    assert isinstance(caught.value, memodb.MemoDBError)
+    assert not path.exists()
+
+
+def test_open_of_something_else(path):
+    path.mkdir()
+    (path / "notes.txt").write_text("not a store")
+    with pytest.raises(memodb.MemoDBError):
+        memodb.MemoDB.open(path)
+    assert [p.name for p in path.iterdir()] == ["notes.txt"]
+
+
+@pytest.mark.parametrize("mode", ["w", "a", "rw", "", None, 1])
+def test_unknown_mode(make, path, mode):
+    make().close()
+    with pytest.raises(memodb.InvalidOptionError):
+        memodb.MemoDB.open(path, mode=mode)
+
+
+@pytest.mark.parametrize("shape", [(0,), (3, 0), (-1, 2), (2.5,), ("2",), (True,), "12", None])
+def test_shapes_that_no_record_can_have(path, shape):
+    with pytest.raises(memodb.InvalidRecordError):
+        memodb.MemoDB.create(path, shape=shape, dtype="float32")
+    assert not path.exists()
+
+
+@pytest.mark.parametrize("dtype", ["object", "str", "U4", "S3", "datetime64[s]", "V8", "float7", [("a", "i4")]])
+def test_dtypes_that_are_no_numbers(path, dtype):
+    with pytest.raises(memodb.InvalidRecordError):
+        memodb.MemoDB.create(path, shape=(2,), dtype=dtype)
+    assert not path.exists()
+
+
+@pytest.mark.parametrize("key_dim", [0, -1, 1.5, True, "8"])
+def test_key_widths_that_no_key_can_have(path, key_dim):
+    with pytest.raises(memodb.MemoDBError) as caught:
+        memodb.MemoDB.create(path, shape=(2,), dtype="int8", key_dim=key_dim)
+    assert isinstance(caught.value, ValueError)
+    assert not path.exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "error"),
+    [
+        ({"backend": "no-such-backend"}, memodb.BackendNotFoundError),
+        ({"no_such_option": 1}, memodb.InvalidOptionError),
+        ({"durability": "hopeful"}, memodb.InvalidOptionError),
+        ({"max_bytes": -1}, memodb.InvalidOptionError),
+        ({"max_bytes": "much"}, memodb.InvalidOptionError),
+        ({"index": "NoSuchIndex17", "key_dim": 8}, memodb.InvalidOptionError),
+    ],
+    ids=lambda value: str(value) if isinstance(value, dict) else None,
+)
+def test_options_that_cannot_be_used(path, settings, error):
+    with pytest.raises(error):
+        memodb.MemoDB.create(path, shape=(2,), dtype="int8", **settings)
+    assert not path.exists(), "a refused create leaves nothing behind"
+
+
+@pytest.mark.parametrize("durability", ["full", "relaxed"])
+def test_durability_is_a_choice(folder, durability):
+    values = random_records(3, (2, 1024), "float32")
+    with memodb.MemoDB.create(folder / "store", shape=(2, 1024), dtype="float32", durability=durability) as db:
+        ids = db.put(values)
+    with memodb.MemoDB.open(folder / "store") as db:
+        assert_same_bytes(db.multiget(ids), values)
+
+
+USES = {
+    "put": lambda db: db.put(np.zeros((1, 2, 1024), np.float32), np.zeros((1, 2), np.float32)),
+    "multiget": lambda db: db.multiget([0]),
+    "multiget_mapped": lambda db: db.multiget_mapped([0]),
+    "search": lambda db: db.search(np.zeros((1, 2), np.float32)),
+    "delete": lambda db: db.delete([0]),
+    "ids": lambda db: db.ids(),
+    "len": len,
+    "in": lambda db: 0 in db,
+    "stats": lambda db: db.stats(),
+    "verify": lambda db: db.verify(),
+    "compact": lambda db: db.compact(),
+    "reindex": lambda db: db.reindex(),
+}
+
+
+@pytest.mark.parametrize("use", USES.values(), ids=USES)
+def test_use_after_close(make, use):
+    db = make(key_dim=2)
+    db.put(np.zeros((1, 2, 1024), np.float32), np.zeros((1, 2), np.float32))
+    assert not db.closed
+    db.close()
+    db.close()  # closing twice is no error
+    assert db.closed
+    with pytest.raises(memodb.ClosedError, match="store"):
+        use(db)
+
+
+def test_repr_tells_what_it_is(make):
+    db = make()
+    assert "store" in repr(db)
+    db.close()
+    assert "closed" in repr(db)
+
+
+def test_newer_format_is_refused_by_name(make, path, monkeypatch):
+    """A store of a later format version is not opened, and not harmed."""
+    import memodb.catalog.catalog as catalog
+
+    monkeypatch.setattr(catalog, "FORMAT", 99)
+    make().close()
+    monkeypatch.undo()
+    with pytest.raises(memodb.FormatVersionError, match="99"):
+        memodb.MemoDB.open(path)
+
+
+def test_a_closed_handle_is_no_context(path, make):
+    db = make()
+    db.close()
+    with pytest.raises(memodb.ClosedError), db:
+        pass

@@ -1,0 +1,75 @@
+"""The error tree: one root, and for each error the builtin that a caller would catch without knowing memodb."""
+
+import inspect
+import io
+import types
+
+import pytest
+
+import memodb
+
+TREE = {
+    "RecordNotFoundError": KeyError,
+    "InvalidIdError": ValueError,
+    "InvalidKeyError": ValueError,
+    "InvalidRecordError": ValueError,
+    "InvalidOptionError": ValueError,
+    "StoreExistsError": FileExistsError,
+    "StoreNotFoundError": FileNotFoundError,
+    "StoreFullError": OSError,
+    "StoreAccessError": PermissionError,
+    "CorruptionError": OSError,
+    "FormatVersionError": ValueError,
+    "WriterLockedError": BlockingIOError,
+    "ReadOnlyError": io.UnsupportedOperation,
+    "ClosedError": ValueError,
+    "MappingUnsupportedError": NotImplementedError,
+    "BackendNotFoundError": LookupError,
+    "BackendUnavailableError": ImportError,
+}
+
+
+@pytest.mark.parametrize(("name", "builtin"), TREE.items(), ids=TREE)
+def test_error_is_also_the_builtin(name, builtin):
+    error = getattr(memodb, name)
+    assert issubclass(error, memodb.MemoDBError)
+    assert issubclass(error, builtin)
+
+
+def test_the_tree_is_complete():
+    """No error class is public that the table above does not know."""
+    public = {
+        name
+        for name in memodb.__all__
+        if inspect.isclass(getattr(memodb, name)) and issubclass(getattr(memodb, name), Exception)
+    }
+    assert public == {"MemoDBError", *TREE}
+
+
+def test_the_tree_is_drawn_in_the_docstring():
+    import memodb.errors
+
+    for name in TREE:
+        assert name in memodb.errors.__doc__
+
+
+def test_all_is_the_public_namespace():
+    public = {
+        name
+        for name, value in vars(memodb).items()
+        if not name.startswith("_") and not isinstance(value, types.ModuleType) and name != "annotations"
+    }
+    assert public == {name for name in memodb.__all__ if not name.startswith("__")}
+    assert len(memodb.__all__) == len(set(memodb.__all__))
+
+
+@pytest.mark.parametrize("name", TREE)
+def test_message_is_shown_as_written(name):
+    """KeyError quotes its message and OSError splits its arguments: ours show the sentence."""
+    assert str(getattr(memodb, name)("record 7 of /store is gone")) == "record 7 of /store is gone"
+
+
+def test_star_import_gives_what_the_contract_names():
+    namespace = {}
+    exec("from memodb import *", namespace)
+    assert {"MemoDB", "MappedBatch", "SearchResult", "Problem", "copy", "backends"} <= set(namespace)

@@ -1,0 +1,229 @@
+"""Who keeps what alive: the last view keeps the batch, nothing keeps it after that."""
+
+import gc
+import weakref
+
+import numpy as np
+import pytest
+
+import memodb
+from memodb.testing import assert_same_bytes, random_records
+
+SHAPE = (2, 1024)
+VALUES = random_records(64, SHAPE, "float32")
+STRATEGIES = pytest.mark.parametrize("strategy", ["map", "copy"])
+
+
+def maps():
+    gc.collect()
+    with open("/proc/self/maps") as lines:
+        return sum(1 for _ in lines)
+
+
+@pytest.fixture
+def db(make):
+    made = make()
+    made.put(VALUES)
+    return made
+
+
+def torch_view(batch):
+    pytest.importorskip("torch")
+    return batch.torch()
+
+
+def torch_dlpack(batch):
+    return pytest.importorskip("torch").from_dlpack(batch)
+
+
+VIEWS = {
+    "numpy": lambda batch: batch.numpy(),
+    "numpy, writable": lambda batch: batch.numpy(writable=True),
+    "asarray": np.asarray,
+    "numpy from dlpack": np.from_dlpack,
+    "torch": torch_view,
+    "torch from dlpack": torch_dlpack,
+    "capsule": lambda batch: batch.__dlpack__(),
+    "memoryview": lambda batch: memoryview(batch.numpy()),
+}
+
+
+@STRATEGIES
+@pytest.mark.parametrize("view_of", VIEWS.values(), ids=VIEWS)
+def test_release_with_a_live_view_is_refused(db, view_of, strategy):
+    batch = db.multiget_mapped([5, 3, 9], strategy=strategy)
+    view = view_of(batch)
+    with pytest.raises(BufferError):
+        batch.release()
+    assert_same_bytes(batch.numpy(), VALUES[[5, 3, 9]])
+    del view
+    gc.collect()
+    batch.release()
+
+
+@STRATEGIES
+@pytest.mark.parametrize(
+    "view_of", [VIEWS["numpy"], VIEWS["torch"], VIEWS["numpy from dlpack"]], ids=["numpy", "torch", "dlpack"]
+)
+def test_a_slice_keeps_the_batch_when_its_parent_is_gone(db, view_of, strategy):
+    """The trap of reference counting by view: slice a view, drop the first."""
+    batch = db.multiget_mapped([5, 3, 9], strategy=strategy)
+    view = view_of(batch)
+    piece = view[1:, :, 10:20]
+    del view
+    gc.collect()
+    with pytest.raises(BufferError):
+        batch.release()
+    assert_same_bytes(np.ascontiguousarray(np.asarray(piece)), np.ascontiguousarray(VALUES[[3, 9], :, 10:20]))
+    del piece
+    gc.collect()
+    batch.release()
+
+
+@STRATEGIES
+def test_use_after_release(db, strategy):
+    batch = db.multiget_mapped([1, 2], strategy=strategy)
+    batch.release()
+    batch.release()  # twice is no error
+    for use in (batch.numpy, lambda: np.asarray(batch), lambda: np.from_dlpack(batch), batch.__dlpack__):
+        with pytest.raises(memodb.ClosedError):
+            use()
+    assert batch.ids.tolist() == [1, 2]
+
+
+@STRATEGIES
+def test_leaving_the_context_releases(db, strategy):
+    with db.multiget_mapped([1, 2], strategy=strategy) as batch:
+        assert_same_bytes(batch.numpy(), VALUES[[1, 2]])
+    with pytest.raises(memodb.ClosedError):
+        batch.numpy()
+
+
+@STRATEGIES
+def test_a_view_may_outlive_the_context(db, strategy):
+    with db.multiget_mapped([1, 2], strategy=strategy) as batch:
+        view = batch.numpy()
+    del batch
+    gc.collect()
+    with db.multiget_mapped([3, 4], strategy=strategy) as other:
+        other.numpy(writable=True)[:] = 0
+        assert_same_bytes(view, VALUES[[1, 2]])
+
+
+def test_an_error_inside_the_context_is_the_one_that_is_seen(db):
+    """The BufferError of a view that the traceback keeps alive must not hide what went wrong."""
+
+    class WrongError(Exception):
+        pass
+
+    with pytest.raises(WrongError), db.multiget_mapped([1, 2]) as batch:  # noqa: PT012
+        view = batch.numpy()
+        raise WrongError
+    assert_same_bytes(view, VALUES[[1, 2]])
+
+
+@STRATEGIES
+@pytest.mark.parametrize("view_of", VIEWS.values(), ids=VIEWS)
+def test_views_outlive_everything(path, view_of, strategy):
+    """Database closed, dropped, its folder removed; a later store made and gathered from: a view stays as it was."""
+    import shutil
+
+    db = memodb.MemoDB.create(path, shape=SHAPE, dtype="float32")
+    batch = db.multiget_mapped(db.put(VALUES)[::-1], strategy=strategy)
+    view = view_of(batch)
+    is_capsule = type(view).__name__ == "PyCapsule"
+    db.close()
+    del db
+    gc.collect()
+    shutil.rmtree(path)
+    with memodb.MemoDB.create(path, shape=SHAPE, dtype="float32") as later:
+        other = later.multiget_mapped(later.put(np.zeros((64, *SHAPE), np.float32)), strategy=strategy)
+        assert not other.numpy().any()
+        if not is_capsule:
+            del batch
+            gc.collect()
+            assert_same_bytes(np.asarray(view), VALUES[::-1])
+        else:
+            assert_same_bytes(batch.numpy(), VALUES[::-1])
+
+
+@STRATEGIES
+def test_mappings_are_given_back(path, strategy):
+    """Database and views dropped: the process has as many mappings as before."""
+
+    def use():
+        db = memodb.MemoDB.create(path, shape=SHAPE, dtype="float32")
+        ids = db.put(VALUES)
+        views = [db.multiget_mapped(np.roll(ids, i)[::2], strategy=strategy).numpy() for i in range(20)]
+        db.close()
+        del db
+        gc.collect()
+        for i, view in enumerate(views):
+            assert_same_bytes(view, np.roll(VALUES, i, axis=0)[::2])
+        return views
+
+    import shutil
+
+    use()  # what is made once a process (thread pools, libraries) is made now
+    shutil.rmtree(path)
+    before = maps()
+    views = use()
+    held = maps()
+    if strategy == "map":
+        assert held > before + 100, "twenty batches of scattered records should show in the maps"
+    del views
+    assert maps() <= before + 3  # the interpreter's own arenas come and go
+
+
+def test_ten_thousand_gathers_leak_nothing(db):
+    """In random order of dropping: mappings and memory in use stay where they were."""
+    rng = np.random.default_rng(0)
+
+    def gathers(n):
+        held = []
+        for _ in range(n):
+            batch = db.multiget_mapped(rng.integers(0, 64, 4), strategy=rng.choice(["map", "copy", "auto"]))
+            held.append(batch.numpy() if rng.random() < 0.5 else batch)
+            del batch
+            if len(held) > 20:
+                held.pop(rng.integers(0, 20))
+
+    gathers(500)
+    before = maps()
+    gathers(5000)
+    assert maps() <= before + 10
+
+
+def test_a_dropped_batch_is_freed_without_release(db):
+    """No cycle keeps it: reference counting alone ends it."""
+    gc.collect()
+    gc.disable()
+    try:
+        batch = db.multiget_mapped([1, 2, 3])
+        view = batch.numpy()
+        dead = weakref.ref(batch)
+        del batch, view
+        assert dead() is None
+    finally:
+        gc.enable()
+
+
+def test_an_unused_capsule_frees_what_it_holds(db):
+    """A capsule that nobody consumed is destroyed with the batch's memory."""
+    batch = db.multiget_mapped([1, 2], strategy="map")
+    capsules = [batch.__dlpack__() for _ in range(10)]
+    with pytest.raises(BufferError):
+        batch.release()
+    del capsules
+    gc.collect()
+    batch.release()
+
+
+def test_dropping_a_store_without_closing_it(path):
+    """The lock and the mappings go with the last reference."""
+    db = memodb.MemoDB.create(path, shape=SHAPE, dtype="float32")
+    ids = db.put(VALUES)
+    del db
+    gc.collect()
+    with memodb.MemoDB.open(path, mode="r+") as again:
+        assert_same_bytes(again.multiget(ids), VALUES)
