@@ -67,11 +67,12 @@ def _rates(axis: Axes, result: Result) -> None:
         places = [layer + (number - (len(levels) - 1) / 2) * width for layer in range(len(rates))]
         axis.bar(places, rates, width, label=level, color=_LEVEL_COLOURS.get(level, _GREY))
     axis.set_xticks(range(result.built.layers))
-    axis.set_ylim(0, 100)
+    axis.set_ylim(0, 118)  # room for the legend above full bars
+    axis.set_yticks(range(0, 101, 20))
     axis.set_xlabel("layer")
     axis.set_ylabel("sequences with a hit [%]")
     axis.set_title("Memoization rate by layer (all layers memoized)")
-    axis.legend(frameon=False)
+    axis.legend(frameon=False, ncols=3, loc="upper left")
 
 
 def _parts(axis: Axes, result: Result) -> None:

@@ -95,10 +95,30 @@ def verdict(result: Result) -> list[str]:
                 )
                 + "."
             )
+    said += _misjudged(result)
     for level, layers in result.chosen.items():
-        choice = f"would memoize layers {', '.join(map(str, layers))}" if layers else "would memoize no layer at all"
+        many = "s" if len(layers) > 1 else ""
+        choice = f"would memoize layer{many} {', '.join(map(str, layers))}" if layers else "would memoize no layer"
         said.append(f"- The profiler {choice} at level {level} on this machine (benefit of Eq. 3 above 0).")
     return ["In words:", *said]
+
+
+def _misjudged(result: Result) -> list[str]:
+    """Say where the profile promised clearly more hits than there were."""
+    profile = result.built.profile
+    if profile is None:
+        return []
+    said = []
+    for level, stats in result.all_layers.stats.items():
+        promised = sum(profile.layers[row["layer"]].alpha(row["threshold"]) for row in stats["layers"])
+        promised /= len(stats["layers"])
+        if promised > 1.5 * stats["memoization_rate"] + 0.02:
+            said.append(
+                f"- The profile promised {100 * promised:.0f} % at level {level}, {100 * stats['memoization_rate']:.0f} % "
+                "came: the sequences it was made with resemble the recorded ones more than the held-out ones do, so "
+                "its choice of layers is too hopeful. Profile on data like that which will be served."
+            )
+    return said
 
 
 def _store(result: Result) -> str:
@@ -150,18 +170,31 @@ def _layers(result: Result, level: str) -> str:
         number = row["layer"]
         parts = [row[f"{part}_seconds"] for part in ("embed", "search", "fetch", "attention")]
         plain = profile.layers[number].attention_seconds * stats["sequences"] if profile else None
+        predicted = profile.layers[number].alpha(row["threshold"]) if profile else None
         benefit = profile.layers[number].benefit(row["threshold"]) * stats["sequences"] if profile else None
         rows.append(
             (
                 number,
                 _percent(row["hits"] / stats["sequences"]),
+                _percent(predicted),
                 *(f"{part:.3f} s" for part in parts),
                 f"{sum(parts):.3f} s" if row["memoized"] else "-",
                 "-" if plain is None else f"{plain:.3f} s",
                 "-" if benefit is None else f"{benefit:+.3f} s",
             )
         )
-    header = ("layer", "memoized", "embed", "search", "fetch", "attention", "sum", "original", "predicted gain")
+    header = (
+        "layer",
+        "memoized",
+        "predicted",
+        "embed",
+        "search",
+        "fetch",
+        "attention",
+        "sum",
+        "original",
+        "predicted gain",
+    )
     return f"By layer, all layers at level {level}: one pass over the held-out sequences\n" + text_table(header, rows)
 
 
