@@ -120,10 +120,15 @@ class MemoDB(Handle):
             "max_bytes": None if max_bytes is None else arguments.as_count("max_bytes", max_bytes),
         }
         lock = layout.claim(where)
+        db = None
         try:
-            return cls(where, "r+", lock, settings)
+            db = cls(where, "r+", lock, settings)
+            layout.sync(where)
+            return db
         except BaseException:
             layout.remove(where, keep=layout.LOCK)  # while nobody else can be making a store here
+            if db is not None:
+                db._shut()
             lock.release()
             raise
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
@@ -55,3 +56,13 @@ def remove(path: Path, keep: str = "") -> None:
             shutil.rmtree(victim, ignore_errors=True)
         else:
             victim.unlink(missing_ok=True)
+
+
+def sync(path: Path) -> None:
+    """Make a new store's directories durable, its own entry in its parent included (fsync(2) of each directory)."""
+    for directory in (path / CATALOG, path / VALUES, path, path.parent):
+        fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
