@@ -112,10 +112,11 @@ def _misjudged(result: Result) -> list[str]:
     for level, stats in result.all_layers.stats.items():
         promised = sum(profile.layers[row["layer"]].alpha(row["threshold"]) for row in stats["layers"])
         promised /= len(stats["layers"])
-        if promised > 1.5 * stats["memoization_rate"] + 0.02:
+        came = stats["memoization_rate"]
+        if promised > 1.5 * came + 0.02:
             said.append(
-                f"- The profile promised {100 * promised:.0f} % at level {level}, {100 * stats['memoization_rate']:.0f} % "
-                "came: the sequences it was made with resemble the recorded ones more than the held-out ones do, so "
+                f"- The profile promised {100 * promised:.0f} % at level {level}, {100 * came:.0f} % came: "
+                "the sequences it was made with resemble the recorded ones more than the held-out ones do, so "
                 "its choice of layers is too hopeful. Profile on data like that which will be served."
             )
     return said

@@ -122,6 +122,12 @@ def test_a_plain_database_or_nothing_is_no_memo_store(path: Path) -> None:
         pass
 
 
+def two_encoders() -> Any:
+    model = tiny_model()
+    model.second = tiny_model(seed=1).bert
+    return model
+
+
 def unsupported() -> dict[str, Any]:
     small = {"vocab_size": 20, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     bert = {**small, "intermediate_size": 16}
@@ -131,7 +137,8 @@ def unsupported() -> dict[str, Any]:
         "other family": transformers.DistilBertModel(
             transformers.DistilBertConfig(vocab_size=20, dim=16, n_layers=1, n_heads=2, hidden_dim=16)
         ),
-        "two encoders": transformers.EncoderDecoderModel(
+        "two encoders": two_encoders(),
+        "encoder and decoder": transformers.EncoderDecoderModel(
             encoder=transformers.BertModel(transformers.BertConfig(**bert)),
             decoder=transformers.BertLMHeadModel(
                 transformers.BertConfig(**bert, is_decoder=True, add_cross_attention=True)
@@ -140,7 +147,9 @@ def unsupported() -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("kind", ["no transformers model", "decoder", "other family", "two encoders"])
+@pytest.mark.parametrize(
+    "kind", ["no transformers model", "decoder", "other family", "two encoders", "encoder and decoder"]
+)
 def test_an_unsupported_model_is_refused_untouched(path: Path, kind: str) -> None:
     model = unsupported()[kind]
     modules = [(name, id(module)) for name, module in model.named_modules()]

@@ -14,7 +14,6 @@ demo = pytest.importorskip("demo.__main__", reason="the demo is not installed: r
 from tiny_models import tiny_model  # noqa: E402
 
 
-@pytest.mark.slow
 def test_the_quick_demo_prints_a_table_and_draws_a_picture(shm: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert demo.main(["--quick", "--folder", str(shm), "--output", str(shm / "out")]) == 0
     said = capsys.readouterr().out
