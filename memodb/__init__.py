@@ -8,6 +8,7 @@ from importlib.metadata import PackageNotFoundError as _PackageNotFoundError
 from importlib.metadata import version as _version
 
 from memodb.backends.registry import BackendInfo, available_backends
+from memodb.calibration import calibrate
 from memodb.database import MemoDB, SearchResult
 from memodb.errors import (
     BackendNotFoundError,
@@ -30,6 +31,7 @@ from memodb.errors import (
     WriterLockedError,
 )
 from memodb.gather.batch import MappedBatch
+from memodb.gather.gather import gather_limits
 from memodb.problem import Problem
 from memodb.record import RecordSpec
 from memodb.transfer import copy
@@ -66,5 +68,7 @@ __all__ = [
     "WriterLockedError",
     "__version__",
     "available_backends",
+    "calibrate",
     "copy",
+    "gather_limits",
 ]

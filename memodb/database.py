@@ -21,7 +21,7 @@ from memodb.errors import (
     StoreNotFoundError,
 )
 from memodb.gather.batch import MappedBatch
-from memodb.gather.gather import check_strategy, copy_into, gather_batch
+from memodb.gather.gather import check_strategy, copy_into, forget_pages, gather_batch
 from memodb.gather.plan import Strategy
 from memodb.handle import INDEX_AT_CLOSE, Handle, RestoringOnError
 from memodb.lock import WriterLock
@@ -290,6 +290,7 @@ class MemoDB(Handle):
                     self._backend.sync()
                     self._catalog.relocate(live_ids[victim.members], moved, self._backend.state())
                 self._backend.discard(victim.token)
+                forget_pages()
                 if progress is not None:
                     progress(done + 1, len(victims))
             self._catalog.drop_dead_keys()
@@ -374,9 +375,35 @@ class MemoDB(Handle):
         self._check_open()
         check_strategy(strategy)
         wanted = arguments.as_ids(ids)
-        batch = gather_batch(self._locate(wanted), self._spec, wanted, strategy)
+        source = self._locate(wanted)
+        batch = self._prefetched.take(wanted, strategy)
+        if batch is None:
+            batch = gather_batch(source, self._spec, wanted, strategy)
         self._counters.gathered(wanted, batch.nbytes, mapped=batch.zero_copy)
         return batch
+
+    def prefetch(self, ids: Any, strategy: Strategy = "auto") -> None:
+        """Begin to gather a batch in the background; the next `multiget_mapped` of the same ids hands it over.
+
+        Worth it where gathering copies, or reads from a disk, and something else is computed meanwhile. At most two
+        batches wait to be asked for; a third takes the place of the oldest.
+
+        Parameters
+        ----------
+        ids, strategy
+            As for `multiget_mapped`, which must be asked for exactly these.
+
+        Raises
+        ------
+        RecordNotFoundError, InvalidIdError, InvalidOptionError
+            As for `multiget_mapped`. What goes wrong later is raised there.
+        """
+        self._check_open()
+        check_strategy(strategy)
+        wanted = arguments.as_ids(ids).copy()
+        source = self._locate(wanted)
+        # One thread: the others belong to what is computed meanwhile.
+        self._prefetched.start(wanted, strategy, lambda: gather_batch(source, self._spec, wanted, strategy, threads=1))
 
     def search(
         self, keys: Any, k: int = 1, *, namespace: str | Sequence[str] = "", max_distance: float | None = None

@@ -17,8 +17,12 @@ class SegmentView(Protocol):
         """Descriptor of the file, open for reading."""
 
     @property
-    def huge(self) -> bool:
-        """Whether its pages are huge pages."""
+    def huge_share(self) -> float:
+        """Share of its bytes that lies on huge pages, 0 to 1."""
+
+    @property
+    def page(self) -> int:
+        """Bytes of the pages that it can be mapped in: 4 KiB, or more on a file system of larger ones (hugetlbfs)."""
 
     def view(self, nbytes: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
         """Return the first `nbytes` of the file, read-only; raise `CorruptionError` if it is shorter."""

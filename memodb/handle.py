@@ -17,7 +17,8 @@ from memodb.backends.base import SupportsExtents, ValueBackend
 from memodb.catalog import Catalog
 from memodb.counters import Counters
 from memodb.errors import ClosedError, CorruptionError, MemoDBError, ReadOnlyError
-from memodb.gather.gather import Source, closed, opened
+from memodb.gather.gather import Source, closed, forget_pages, opened
+from memodb.gather.prefetch import Prefetched
 from memodb.index.manager import IndexSet
 from memodb.lock import WriterLock
 from memodb.record import RecordSpec
@@ -49,6 +50,7 @@ class Handle:
         self._failed: Exception | None = None
         self._closed = True
         self._counters = Counters()
+        self._prefetched = Prefetched()
         self._seen = -1
         self._catalog = Catalog(path / layout.CATALOG, create_with=settings)
         try:
@@ -57,6 +59,8 @@ class Handle:
             self._backend: ValueBackend = registry.load(stored["backend"])(
                 path / layout.VALUES, self._spec, stored["options"], writable=mode == "r+"
             )
+            # Asked once: looking at a Protocol takes longer than the rest of a small gather.
+            self._extents = self._backend.extents if isinstance(self._backend, SupportsExtents) else None
             if mode == "r+":
                 self._backend.restore(self._catalog.backend_state()[1])
         except BaseException:
@@ -91,6 +95,7 @@ class Handle:
             return
         self._closed = True
         _HANDLES.discard(self)
+        self._prefetched.forget()
         self._backend.close()
         self._catalog.close()
         if self._writer_lock is not None:
@@ -118,6 +123,7 @@ class Handle:
         self._mode, self._writer_lock = "r", None
         self._lock = threading.RLock()
         self._catalog.renew_locks()
+        self._prefetched.forget()
         self._indexes.after_fork()
         self._backend.after_fork()
 
@@ -178,15 +184,16 @@ class Handle:
     def _locate(self, ids: np.ndarray[Any, np.dtype[np.int64]]) -> Source:
         while True:
             seen = self._catalog.transaction()
-            locators = self._catalog.committed(ids)["locator"]
+            locators = self._catalog.committed(ids, seen)["locator"]
             if self._mode == "r" and seen != self._seen:
                 self._seen, state = self._catalog.backend_state()
-                self._backend.refresh(state)
-            if not isinstance(self._backend, SupportsExtents):
-                backend = self._backend
+                if self._backend.refresh(state):
+                    forget_pages()
+            backend = self._backend
+            if self._extents is None:
                 return lambda out: backend.read(locators, out)
             try:
-                return self._backend.extents(locators)
+                return self._extents(locators)
             except FileNotFoundError as error:
                 # Compaction in another process may have moved the records between the two looks; without a commit it
                 # was not that.

@@ -165,13 +165,15 @@ class ArenaBackend(ValueBackend):
                 self._segment(tail).truncate(known[tail])
         self._unsynced.clear()
 
-    def refresh(self, state: bytes) -> None:
+    def refresh(self, state: bytes) -> bool:
         """Drop segments that compaction removed, so that their memory can go back to the system."""
         with self._lock:
             self._parse(state)
             known = set(self._table["number"].tolist())
-            for number in [n for n in self._open if n not in known]:
+            gone = [number for number in self._open if number not in known]
+            for number in gone:
                 del self._open[number]
+            return bool(gone)
 
     def _parse(self, state: bytes) -> None:
         if not state:  # a store that nothing was put into yet
@@ -185,8 +187,8 @@ class ArenaBackend(ValueBackend):
     def _flag_huge(self) -> None:
         for entry in self._table:
             segment = self._open.get(int(entry["number"]))
-            if segment is not None:
-                segment.huge = bool(entry["huge"] == entry["allocated"])
+            if segment is not None and entry["allocated"]:
+                segment.huge_share = int(entry["huge"]) / int(entry["allocated"])
 
     # --- reading ---
 
@@ -204,13 +206,19 @@ class ArenaBackend(ValueBackend):
 
     def extents(self, locators: Locators) -> Extents:
         """Return where the records lie (see `SupportsExtents.extents`)."""
-        numbers = locators >> _SLOT_BITS
-        slots = (locators & _SLOT_MASK).astype(np.int64)
-        distinct, inverse = np.unique(numbers, return_inverse=True)
-        segments = [self._segment(int(number)) for number in distinct]
-        for i, segment in enumerate(segments):
-            segment.require((int(slots[inverse == i].max()) + 1) * self.spec.nbytes)
-        return Extents(segments, inverse.astype(np.int64).reshape(-1), slots * self.spec.nbytes)
+        numbers = (locators >> _SLOT_BITS).view(np.int64)
+        offsets = (locators & _SLOT_MASK).view(np.int64) * self.spec.nbytes
+        if len(numbers) == 0 or (numbers == numbers[0]).all():  # most gathers of small stores: worth a short way
+            distinct, inverse = numbers[:1], np.zeros(len(numbers), np.int64)
+            ends = offsets.max(keepdims=True, initial=0)
+        else:
+            distinct, inverse = np.unique(numbers, return_inverse=True)
+            ends = np.zeros(len(distinct), np.int64)
+            np.maximum.at(ends, inverse, offsets)
+        segments = [self._segment(number) for number in distinct.tolist()]
+        for segment, end in zip(segments, ends.tolist(), strict=False):
+            segment.require(end + self.spec.nbytes)
+        return Extents(segments, inverse, offsets)
 
     # --- compaction ---
 

@@ -116,8 +116,11 @@ class ValueBackend(ABC):
         """Writer: go back to a committed state and give back what leftovers hold."""
 
     @abstractmethod
-    def refresh(self, state: bytes) -> None:
-        """Reader: take note of a newly committed state (drop what it no longer names)."""
+    def refresh(self, state: bytes) -> bool:
+        """Reader: take note of a newly committed state, and drop what it no longer names.
+
+        Return whether something was dropped that can be mapped: then idle windows let go of their pages.
+        """
 
     def read(self, locators: Locators, out: np.ndarray[Any, np.dtype[np.uint8]]) -> None:
         """Copy records into `out`, uint8 [n, nbytes] C-contiguous."""

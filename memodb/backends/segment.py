@@ -14,9 +14,11 @@ import numpy as np
 
 from memodb import vm
 from memodb.errors import CorruptionError, StoreAccessError, StoreFullError
+from memodb.threads import CREW
 
-#: Bytes collapsed by one madvise call: small enough to find out where huge pages ran out.
-_COLLAPSE = 32 << 20
+#: Bytes collapsed by one madvise call, and copied by one thread at a time: small enough to find out where huge pages
+#: ran out, and to share evenly.
+_COLLAPSE = 16 << 20
 
 
 class SegmentFile:
@@ -37,7 +39,8 @@ class SegmentFile:
     def __init__(self, path: Path, capacity: int, *, create: bool = False, writable: bool = False) -> None:
         self.path = path
         self.capacity = capacity
-        self.huge = False
+        self.huge_share = 0.0
+        self.page = vm.PAGE
         self.address = 0
         self.fd = -1
         mode = os.O_RDWR if writable or create else os.O_RDONLY
@@ -125,32 +128,45 @@ class SegmentFile:
     ) -> int:
         first = min(offset // vm.HUGE * vm.HUGE, allocated)
         address = vm.reserve(wanted - first)
+        base = address - first
         try:
             if wanted > allocated:
                 os.ftruncate(self.fd, wanted)
             vm.map_shared(address, wanted - first, self.fd, first, writable=True)
-            gained = self._allocate(address - first, allocated, wanted, huge=huge)
-            # Every page is there now, so no store below can find the file system full.
-            target = vm.Span(address + offset - first, end - offset, writable=True).array()
-            np.copyto(target.view(values.dtype).reshape(values.shape), values)
+            target = vm.Span(base + offset, end - offset, writable=True).array()
+            bounds = [offset, *range(allocated, wanted, _COLLAPSE)] if wanted > allocated else [offset]
+            source = values.reshape(-1).view(np.uint8) if values.flags.c_contiguous else None
+            gained = [0] * len(bounds)
+
+            def work(i: int) -> None:
+                # Every page is there before it is written, so no store can find the file system full. What is copied
+                # at once is still in the cache from the kernel's zeroing of it.
+                start, stop = bounds[i], bounds[i + 1] if i + 1 < len(bounds) else wanted
+                if allocated <= start < stop:
+                    gained[i] = self._allocate(base, start, stop, huge=huge)
+                if source is not None:
+                    part = slice(max(start, offset) - offset, min(stop, end) - offset)
+                    target[part] = source[part]
+
+            CREW.share(work, len(bounds))
+            if source is None:
+                np.copyto(target.view(values.dtype).reshape(values.shape), values)
         finally:
             vm.unmap(address, wanted - first)
-        return gained
+        return sum(gained)
 
     def _allocate(self, base: int, start: int, stop: int, *, huge: bool) -> int:
+        """Allocate a range of the file, mapped at `base` + offset; return how many bytes of it lie on huge pages."""
         gained = 0
-        for at in range(start, stop, _COLLAPSE):
-            end = min(at + _COLLAPSE, stop)
-            if huge:
-                # One byte in each huge page (through the descriptor: a touch of the mapping is SIGBUS on a full tmpfs)
-                # lets the kernel fill the hole around it with one huge page; a range that is all hole it refuses.
-                for page in range(at, end, vm.HUGE):
-                    os.pwrite(self.fd, b"\0", page)
-                if vm.collapse(base + at, end - at):
-                    gained += end - at
-                    continue
-                gained += sum(vm.HUGE for page in range(at, end, vm.HUGE) if vm.collapse(base + page, vm.HUGE))
-            os.posix_fallocate(self.fd, at, end - at)
+        if huge:
+            # One byte in each huge page (through the descriptor: a touch of the mapping is SIGBUS on a full tmpfs)
+            # lets the kernel fill the hole around it with one huge page; a range that is all hole it refuses.
+            for page in range(start, stop, vm.HUGE):
+                os.pwrite(self.fd, b"\0", page)
+            if vm.collapse(base + start, stop - start):
+                return stop - start
+            gained = sum(vm.HUGE for page in range(start, stop, vm.HUGE) if vm.collapse(base + page, vm.HUGE))
+        os.posix_fallocate(self.fd, start, stop - start)
         return gained
 
     def _write_through(self, offset: int, values: np.ndarray[Any, Any]) -> None:

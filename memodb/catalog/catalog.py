@@ -142,19 +142,22 @@ class Catalog:
             table = self._env.table("blocks")
             yield txn.id(), lambda block: txn.get(block_key(block), db=table)
 
-    def rows(self, ids: Ids) -> Rows:
-        """Return the rows of `ids` [n] (fields locator, checksum, namespace, state), whatever their state."""
-        return self._rows.lookup(ids, self.transaction(), self._load)
+    def rows(self, ids: Ids, transaction: int | None = None) -> Rows:
+        """Return the rows of `ids` [n] (fields locator, checksum, namespace, state), whatever their state.
 
-    def committed(self, ids: Ids) -> Rows:
-        """Return the rows of `ids` [n].
+        They are as of `transaction`, the last one if None, or later.
+        """
+        return self._rows.lookup(ids, self.transaction() if transaction is None else transaction, self._load)
+
+    def committed(self, ids: Ids, transaction: int | None = None) -> Rows:
+        """Return the rows of `ids` [n], as `rows` does.
 
         Raises
         ------
         RecordNotFoundError
             If any of them does not exist; the message names the first few.
         """
-        rows = self.rows(ids)
+        rows = self.rows(ids, transaction)
         missing = rows["state"] != LIVE
         if missing.any():
             raise RecordNotFoundError(self._explain_missing(ids[missing], rows["state"][missing]))

@@ -18,6 +18,12 @@ _Gather = Callable[[Any], Any]
 
 def run(arguments: argparse.Namespace) -> int:
     """Time gathers of one store, contenders taking turns, and print medians."""
+    if arguments.calibrate:
+        _calibrate(arguments)
+    if arguments.path is None:
+        if not arguments.calibrate:
+            raise memodb.InvalidOptionError("which store? memodb bench PATH; or memodb bench --calibrate")
+        return 0
     with memodb.MemoDB.open(arguments.path) as db:
         live = db.ids()
         if len(live) == 0:
@@ -42,6 +48,24 @@ def run(arguments: argparse.Namespace) -> int:
         ],
     )
     return 0
+
+
+def _calibrate(arguments: argparse.Namespace) -> None:
+    with progress_bar("calibrate") as progress:
+        found = memodb.calibrate(progress=progress)
+    if arguments.json:
+        if arguments.path is None:
+            print_json(found)
+        return
+    costs = found["costs"]
+    names = {"map_call": "a mapped batch", "copy_call": "a copied batch", "vma": "a run of adjacent records"}
+    names |= {"huge_page": "a page of 2 MiB", "small_page": "4 KiB of a page of 2 MiB", "loose_page": "a page of 4 KiB"}
+    names |= {"copied_record": "a copied record, beside its bytes"}
+    print_table(["cost of", "microseconds"], [[text, f"{costs[name] * 1e6:.3f}"] for name, text in names.items()])
+    for threads, curve in enumerate(costs["copied_byte"], 1):
+        rates = ", ".join(f"{1e-9 / cost:.1f}" if cost else "-" for cost in curve)
+        print(f"copying with {threads} threads, GB/s, for batches of 256 KiB, 1, 4, 16, 64, 256 MiB, 1 GiB: {rates}")
+    print(f"kept in {found['path']}")
 
 
 def measure(db: memodb.MemoDB, rounds: list[Any], progress: Callable[[int, int], None]) -> dict[str, dict[str, float]]:

@@ -121,8 +121,17 @@ def build_parser() -> argparse.ArgumentParser:
     get.add_argument("ids", nargs="+", type=int, metavar="id", help="ids, in the order wanted")
     get.add_argument("-o", "--output", metavar="FILE.npy", help="write the batch [n, *shape] as a numpy file")
 
-    measure = command("bench", bench.run, "Time gathers of random records of a store: mapped, copied, multiget.")
-    measure.add_argument("path", help="folder of the store")
+    measure = command(
+        "bench",
+        bench.run,
+        "Time gathers of random records of a store, mapped, copied, multiget; or measure what gathers cost here.",
+    )
+    measure.add_argument("path", nargs="?", help="folder of the store")
+    measure.add_argument(
+        "--calibrate",
+        action="store_true",
+        help='measure what mapping and copying cost on this machine, and keep it: strategy="auto" goes by it',
+    )
     measure.add_argument(
         "--records", type=positive, default=64, metavar="N", help="records a gather (default: %(default)s)"
     )

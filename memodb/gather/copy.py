@@ -1,99 +1,84 @@
-"""The copy gather: records copied side by side by several threads."""
+"""The copy gather: records copied side by side by several threads, in pieces that the memory system likes."""
 
 from __future__ import annotations
 
-import os
-import threading
-from concurrent.futures import ThreadPoolExecutor
-from itertools import pairwise
+from functools import cache
 from typing import Any
 
 import numpy as np
 
 from memodb.extents import Extents
-from memodb.gather.plan import runs
-
-#: Below this a copy is over before a thread is awake (measured: one thread wins at 6 MB, two at 25 MB).
-_THREADED_BYTES = 16 << 20
-#: Records up to this size are copied by one numpy call a segment; larger ones one run at a time.
-_SMALL_RECORD = 64 << 10
-_WORKERS = min(os.cpu_count() or 1, 8)
+from memodb.threads import CREW, MOST
 
 Bytes2D = np.ndarray[Any, np.dtype[np.uint8]]
 
-
-class _Threads:
-    """The copy threads of this process, started at need, stopped with the last database, gone in a forked child."""
-
-    def __init__(self) -> None:
-        self.forget()
-
-    def forget(self) -> None:
-        self._lock = threading.Lock()
-        self._executor: ThreadPoolExecutor | None = None
-
-    def get(self) -> ThreadPoolExecutor:
-        with self._lock:
-            if self._executor is None:
-                self._executor = ThreadPoolExecutor(_WORKERS, thread_name_prefix="memodb-copy")
-            return self._executor
-
-    def stop(self) -> None:
-        with self._lock:
-            executor, self._executor = self._executor, None
-        if executor is not None:
-            executor.shutdown(wait=True)
+#: Bytes that one thread copies at a time: enough to make Python's share negligible, few enough to share evenly. Pieces
+#: of this size also copied quickest (docs/performance.md).
+PIECE = 512 << 10
+#: A large record is cut into equal parts of about this size, whole numbers of cache lines.
+_LARGE = 2 * PIECE
+#: Records of several segments: up to this size, and from so many a segment on, by way of one small buffer a segment.
+_SMALL_RECORD, _MANY = 64 << 10, 8
 
 
-THREADS = _Threads()
-os.register_at_fork(after_in_child=THREADS.forget)
-
-
-def copy_records(extents: Extents, nbytes: int, out: Bytes2D) -> None:
-    """Copy the records of `extents`, in order, into `out`, uint8 [n, nbytes] C-contiguous."""
+def copy_records(extents: Extents, nbytes: int, out: Bytes2D, threads: int = MOST) -> None:
+    """Copy the records of `extents`, in order, into `out`, uint8 [n, nbytes] C-contiguous, on up to `threads`."""
     n = len(extents)
-    if n * nbytes < _THREADED_BYTES or n < 2 or _WORKERS < 2:
-        _copy_part(extents, nbytes, out, 0, n)
+    if len(extents.segments) > 1 or nbytes == 0:
+        _copy_scattered(extents, nbytes, out, threads)
         return
-    bounds = np.linspace(0, n, min(_WORKERS, n) + 1).astype(int)
-    executor = THREADS.get()
-    jobs = [executor.submit(_copy_part, extents, nbytes, out, a, b) for a, b in pairwise(bounds.tolist())]
-    for job in jobs:
-        job.result()
-
-
-def _copy_part(extents: Extents, nbytes: int, out: Bytes2D, first: int, last: int) -> None:
-    part = Extents(extents.segments, extents.segment[first:last], extents.offset[first:last])
-    if nbytes > _SMALL_RECORD or (part.offset % nbytes).any():
-        _copy_runs(part, nbytes, out[first:last])
+    slots, rest = np.divmod(extents.offset, nbytes)
+    if rest.any():
+        _copy_scattered(extents, nbytes, out, threads)
         return
-    for i in np.unique(part.segment).tolist():
-        mine = np.flatnonzero(part.segment == i)
-        slots = part.offset[mine] // nbytes
-        source = _records(part, i, nbytes, int(slots.max()) + 1)
-        if len(mine) == len(part):
-            # mode="clip" spares the buffer that mode="raise" puts before `out`; the slots were checked against the
-            # file's size.
-            np.take(source, slots, axis=0, out=out[first:last], mode="clip")
-        else:
-            out[first + mine] = source[slots]
+    source = extents.segments[0].view((int(slots.max()) + 1) * nbytes)
+    parts = _parts(nbytes)
+    if parts > 1:
+        slots = (slots[:, None] * parts + np.arange(parts)).reshape(-1)
+        n, nbytes = n * parts, nbytes // parts
+    rows, target = source.reshape(-1, nbytes), out.reshape(n, nbytes)
+    step = max(1, PIECE // nbytes)
+    if n <= step or threads < 2:
+        # mode="clip" spares the buffer that mode="raise" puts before `out`; the file's length was checked.
+        rows.take(slots, axis=0, out=target, mode="clip")
+        return
+
+    def copy(i: int) -> None:
+        part = slice(i * step, (i + 1) * step)
+        rows.take(slots[part], axis=0, out=target[part], mode="clip")
+
+    CREW.share(copy, -(-n // step), threads)
 
 
-def _records(extents: Extents, segment: int, nbytes: int, count: int) -> Bytes2D:
-    return extents.segments[segment].view(count * nbytes).reshape(count, nbytes)
+@cache
+def _parts(nbytes: int) -> int:
+    """Return into how many equal parts of whole cache lines a record is cut."""
+    if nbytes <= _LARGE:
+        return 1
+    first = -(-nbytes // PIECE)
+    return next((k for k in range(first, 4 * first) if nbytes % (64 * k) == 0), 1)
 
 
-def _copy_runs(extents: Extents, nbytes: int, out: Bytes2D) -> None:
-    starts = runs(extents, nbytes)
-    stops = [*starts[1:].tolist(), len(extents)]
-    sources = {
-        i: extents.segments[i].view(int(extents.offset[extents.segment == i].max()) + nbytes)
-        for i in np.unique(extents.segment).tolist()
-    }
-    target = out.reshape(-1)
-    runs_of = zip(
-        starts.tolist(), stops, extents.segment[starts].tolist(), extents.offset[starts].tolist(), strict=True
-    )
-    for start, stop, segment, offset in runs_of:
-        size = (stop - start) * nbytes
-        target[start * nbytes : start * nbytes + size] = sources[segment][offset : offset + size]
+def _copy_scattered(extents: Extents, nbytes: int, out: Bytes2D, threads: int) -> None:
+    """Copy from several segments, or from places that are no multiples of a record."""
+    n = len(extents)
+    ends = np.zeros(len(extents.segments), np.int64)
+    np.maximum.at(ends, extents.segment, extents.offset + nbytes)
+    sources = [segment.view(int(end)) for segment, end in zip(extents.segments, ends.tolist(), strict=True)]
+    if nbytes <= _SMALL_RECORD and n >= _MANY * len(sources) and not (extents.offset % nbytes).any():
+        members = [np.flatnonzero(extents.segment == i) for i in range(len(sources))]
+
+        def copy_segment(i: int) -> None:
+            rows = sources[i].reshape(-1, nbytes)
+            out[members[i]] = rows[extents.offset[members[i]] // nbytes]
+
+        CREW.share(copy_segment, len(sources), threads if n * nbytes > _LARGE else 1)
+        return
+    segment, offset = extents.segment.tolist(), extents.offset.tolist()
+    step = max(1, PIECE // nbytes)
+
+    def copy(i: int) -> None:
+        for j in range(i * step, min((i + 1) * step, n)):
+            out[j] = sources[segment[j]][offset[j] : offset[j] + nbytes]
+
+    CREW.share(copy, -(-n // step), threads)

@@ -7,25 +7,33 @@ from typing import Any
 
 import numpy as np
 
-from memodb.errors import MappingUnsupportedError, StoreFullError
+from memodb.errors import InvalidOptionError, MappingUnsupportedError, StoreFullError
 from memodb.extents import Extents
 from memodb.gather.batch import MappedBatch
-from memodb.gather.copy import THREADS, Bytes2D, copy_records
+from memodb.gather.copy import Bytes2D, copy_records
+from memodb.gather.costs import costs_here
 from memodb.gather.mapping import map_records
 from memodb.gather.plan import Strategy, check_strategy, make_plan
+from memodb.gather.prefetch import BACKGROUND
 from memodb.gather.window import POOL
 from memodb.record import RecordSpec
+from memodb.threads import CREW, MOST
 
 #: Where n records come from: extents that can be mapped, or a function that copies them into uint8 [n, nbytes].
 Source = Extents | Callable[[Bytes2D], None]
 
-__all__ = ["Source", "check_strategy", "closed", "copy_into", "gather_batch", "opened"]
+__all__ = ["Source", "check_strategy", "closed", "copy_into", "forget_pages", "gather_batch", "gather_limits", "opened"]
 
 
 def gather_batch(
-    source: Source, spec: RecordSpec, ids: np.ndarray[Any, np.dtype[np.int64]], strategy: Strategy
+    source: Source,
+    spec: RecordSpec,
+    ids: np.ndarray[Any, np.dtype[np.int64]],
+    strategy: Strategy,
+    *,
+    threads: int = MOST,
 ) -> MappedBatch:
-    """Gather the records of `ids` [n] from `source` into one batch.
+    """Gather the records of `ids` [n] from `source` into one batch, with at most so many threads.
 
     Raises
     ------
@@ -34,11 +42,13 @@ def gather_batch(
     StoreFullError
         If there is no memory for a copy.
     """
-    if len(ids) == 0:
+    n = len(ids)
+    if n == 0:
         return MappedBatch(np.empty(0, np.uint8), spec, ids, zero_copy=False)
-    total = len(ids) * spec.nbytes
+    total = n * spec.nbytes
     if isinstance(source, Extents):
-        plan = make_plan(source, spec.nbytes, strategy, free_vmas=POOL.free_vmas())
+        plan = make_plan(source, spec.nbytes, strategy, free_vmas=POOL.free_vmas(), costs=costs_here())
+        threads = min(threads, plan.threads)
         if plan.map:
             try:
                 window = map_records(source, spec.nbytes, plan)
@@ -57,16 +67,49 @@ def gather_batch(
             f"no memory for a batch of {total} bytes: {error}; gather fewer records at once"
         ) from error
     held = POOL.hold(buffer, total)
-    copy_into(source, held.reshape(len(ids), spec.nbytes))
+    copy_into(source, held.reshape(n, spec.nbytes), threads)
     return MappedBatch(held.base, spec, ids, zero_copy=False)
 
 
-def copy_into(source: Source, out: Bytes2D) -> None:
+def copy_into(source: Source, out: Bytes2D, threads: int = MOST) -> None:
     """Copy the records of `source` into `out`, uint8 [n, nbytes] C-contiguous."""
     if isinstance(source, Extents):
-        copy_records(source, out.shape[1], out)
+        copy_records(source, out.shape[1], out, threads)
     else:
         source(out)
+
+
+def forget_pages() -> None:
+    """Let idle windows go of their pages: a store of this process gave up some of its files."""
+    POOL.forget_pages()
+
+
+def gather_limits(*, idle_bytes: int | None = None, mappings: int | None = None) -> dict[str, int]:
+    """Set what the gathers of this process may take, and return it.
+
+    Parameters
+    ----------
+    idle_bytes
+        Memory kept warm for the next batch once one is released: copy buffers, and windows that still hold pages.
+        Default: an eighth of the machine's memory, 2 GiB at most. 0: nothing is kept.
+    mappings
+        Memory mappings (VMAs) that all batches together may hold; beyond, "auto" copies. Default: a quarter of
+        ``vm.max_map_count``.
+
+    Returns
+    -------
+    dict
+        ``idle_bytes`` and ``mappings`` as they are now; ``idle_bytes_in_use`` and ``mappings_in_use``.
+
+    Raises
+    ------
+    InvalidOptionError
+        If a limit is no integer of at least 0; nothing changes then.
+    """
+    for name, value in (("idle_bytes", idle_bytes), ("mappings", mappings)):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 0):
+            raise InvalidOptionError(f"{name} must be an integer of at least 0, found {value!r}")
+    return POOL.limit(idle_bytes, mappings)
 
 
 def opened() -> None:
@@ -77,4 +120,5 @@ def opened() -> None:
 def closed() -> None:
     """Note that one was closed; after the last, idle memory and threads are given back."""
     if POOL.close() == 0:
-        THREADS.stop()
+        BACKGROUND.stop()
+        CREW.stop()

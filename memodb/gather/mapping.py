@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import errno
 
-import numpy as np
-
 from memodb import vm
 from memodb.errors import CorruptionError, MappingUnsupportedError
 from memodb.extents import Extents
 from memodb.gather.plan import Plan
 from memodb.gather.window import POOL, Range
+from memodb.threads import CREW
 
 _EHWPOISON = 133  # errno(3): memory page has hardware error; Python does not name it
+#: Bytes of small pages that one thread enters at a time.
+_PIECE = 4 << 20
 
 
 def map_records(extents: Extents, nbytes: int, plan: Plan) -> Range:
     """Map the records of `extents`, in order, into one contiguous range, every page present.
 
-    Pages are private (copy-on-write): whatever is done with them, the store does not change.
+    Pages are private (copy-on-write): whatever is done with them, the store does not change. A window that an earlier
+    batch left is overwritten in place, as the paper does from layer to layer (section 5.3).
 
     Raises
     ------
@@ -27,34 +29,52 @@ def map_records(extents: Extents, nbytes: int, plan: Plan) -> Range:
     CorruptionError
         If a page cannot be read (a segment was truncated, or its disk fails).
     """
-    total = len(extents) * nbytes
+    n = len(extents)
+    total = n * nbytes
     starts = plan.starts
-    lengths = np.diff(np.append(starts, len(extents))) * nbytes
     try:
         window = POOL.window(total, len(starts))
     except OSError as error:
         raise _refused(error, total) from error
     try:
-        address = window.address
-        for segment, offset, length in zip(
-            extents.segment[starts].tolist(), extents.offset[starts].tolist(), lengths.tolist(), strict=True
-        ):
-            vm.map_private(address, length, extents.segments[segment].fd, offset)
+        address, lengths = window.address, None
+        if len(starts) < n:
+            lengths = [(stop - start) * nbytes for start, stop in _spans(starts.tolist(), n)]
+        segment, offset = extents.segment[starts].tolist(), extents.offset[starts].tolist()
+        fds = [piece.fd for piece in extents.segments]
+        for i, at in enumerate(offset):
+            length = nbytes if lengths is None else lengths[i]
+            vm.map_private(address, length, fds[segment[i]], at)
             address += length
     except OSError as error:
-        POOL.give_back(window)
+        POOL.give_back(window, intact=False)
         raise _refused(error, total) from error
     try:
-        vm.populate_read(window.address, total)
+        _enter_pages(window.address, total, plan.small_pages)
     except OSError as error:
-        POOL.give_back(window)
+        POOL.give_back(window, intact=False)
         if error.errno in (errno.EFAULT, errno.ENOMEM, _EHWPOISON, errno.EIO):
             raise CorruptionError(
-                f"{len(extents)} records could not be read from their segments ({error}): a segment was truncated "
+                f"{n} records could not be read from their segments ({error}): a segment was truncated "
                 "or its device fails; verify() tells which records are concerned"
             ) from error
         raise
     return window
+
+
+def _spans(starts: list[int], n: int) -> list[tuple[int, int]]:
+    return list(zip(starts, [*starts[1:], n], strict=True))
+
+
+def _enter_pages(address: int, total: int, small_pages: int) -> None:
+    if small_pages * vm.PAGE <= 2 * _PIECE:  # huge pages are entered sooner than a second thread is awake
+        vm.populate_read(address, total)
+        return
+
+    def enter(i: int) -> None:
+        vm.populate_read(address + i * _PIECE, min(_PIECE, total - i * _PIECE))
+
+    CREW.share(enter, -(-total // _PIECE))
 
 
 def _refused(error: OSError, total: int) -> MappingUnsupportedError:

@@ -1,8 +1,4 @@
-"""Deciding how a batch is gathered: pure functions of where the records lie.
-
-The cost model counts what was measured (docs/architecture.md): a mapping costs one VMA a run of adjacent records and
-one page-table entry a page, to build and to tear down; a copy costs bandwidth.
-"""
+"""Deciding how a batch is gathered: pure functions of where the records lie and of what this machine charges."""
 
 from __future__ import annotations
 
@@ -14,22 +10,13 @@ import numpy as np
 from memodb import vm
 from memodb.errors import InvalidOptionError, MappingUnsupportedError
 from memodb.extents import Extents
+from memodb.gather.costs import Costs
 
 Strategy = Literal["auto", "map", "copy"]
 STRATEGIES = ("auto", "map", "copy")
 
 
-@dataclass(frozen=True)
-class Costs:
-    """Seconds that the parts of a gather take on a machine (defaults: medians on a 2-core server, Linux 6.18)."""
-
-    vma: float = 4e-6
-    small_page: float = 0.55e-6
-    huge_page: float = 5e-6
-    copied_byte: float = 1 / 8e9
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Plan:
     """How to gather one batch.
 
@@ -38,25 +25,34 @@ class Plan:
     map
         True: map the runs; False: copy.
     starts
-        int64 [runs]: index of the first record of each run of records that lie side by side in one file.
-    why_not_map
-        Why mapping is impossible; empty where it is possible.
+        int64 [runs]: index of the first record of each run of records that lie side by side in one file; empty where
+        that was not worth finding out.
+    small_pages
+        Page-table entries of 4 KiB that a mapping takes.
+    threads
+        Threads that a copy goes quickest with.
     """
 
     map: bool
     starts: np.ndarray[Any, np.dtype[np.int64]]
-    why_not_map: str = ""
+    small_pages: int = 0
+    threads: int = 1
+
+
+_NO_RUNS = np.zeros(0, np.int64)
 
 
 def runs(extents: Extents, nbytes: int) -> np.ndarray[Any, np.dtype[np.int64]]:
     """Return the indices [runs] at which a new run of adjacent records begins."""
     if len(extents) == 0:
-        return np.zeros(0, np.int64)
-    breaks = (np.diff(extents.segment) != 0) | (np.diff(extents.offset) != nbytes)
-    return np.concatenate([[0], np.flatnonzero(breaks) + 1]).astype(np.int64)
+        return _NO_RUNS
+    breaks = extents.offset[1:] - extents.offset[:-1] != nbytes
+    if len(extents.segments) > 1:
+        breaks |= extents.segment[1:] != extents.segment[:-1]
+    return np.concatenate([[0], np.flatnonzero(breaks) + 1])
 
 
-def make_plan(extents: Extents, nbytes: int, strategy: Strategy, *, free_vmas: int, costs: Costs | None = None) -> Plan:
+def make_plan(extents: Extents, nbytes: int, strategy: Strategy, *, free_vmas: int, costs: Costs) -> Plan:
     """Choose between mapping and copying.
 
     Parameters
@@ -79,27 +75,41 @@ def make_plan(extents: Extents, nbytes: int, strategy: Strategy, *, free_vmas: i
         If `strategy` is "map" and the records cannot be mapped.
     """
     check_strategy(strategy)
+    n = len(extents)
+    copy_seconds, threads = costs.copy_seconds(n * nbytes, n)
+    copy = Plan(False, _NO_RUNS, threads=threads)
+    if strategy == "copy":
+        return copy
+    if strategy == "auto" and costs.map_call + nbytes * n / vm.HUGE * costs.huge_page > copy_seconds:
+        return copy  # not even one run on huge pages would pay
     starts = runs(extents, nbytes)
-    obstacle = ""
-    if nbytes % vm.PAGE or (extents.offset % vm.PAGE).any():
-        obstacle = (
-            f"records of {nbytes} bytes are not a multiple of the {vm.PAGE}-byte page, so their pages cannot lie side "
-            f"by side; a shape whose record is a multiple of {vm.PAGE} bytes can be mapped"
+    obstacle = _obstacle(extents, nbytes, len(starts), free_vmas)
+    if obstacle:
+        if strategy == "map":
+            raise MappingUnsupportedError(f'strategy="map": {obstacle}; strategy="auto" copies instead')
+        return copy
+    huge, small, loose = _pages(extents, nbytes)
+    if strategy == "auto":
+        map_seconds = costs.map_seconds(n * nbytes, len(starts), huge=huge, small=small, loose=loose)
+        if map_seconds > copy_seconds:
+            return copy
+    return Plan(True, starts, small_pages=int(small + loose))
+
+
+def _obstacle(extents: Extents, nbytes: int, vmas: int, free_vmas: int) -> str:
+    page = max(segment.page for segment in extents.segments)
+    if nbytes % page or (extents.offset % page).any():
+        return (
+            f"records of {nbytes} bytes are not a multiple of the {page}-byte page, so their pages cannot lie side "
+            f"by side; a shape whose record is a multiple of {page} bytes can be mapped"
         )
-    elif len(starts) > free_vmas:
-        obstacle = (
-            f"the batch needs {len(starts)} mappings and {free_vmas} are left of this process's budget "
-            "(a quarter of vm.max_map_count); release batches, or gather fewer records at once"
+    if vmas > free_vmas:
+        return (
+            f"the batch needs {vmas} mappings and {free_vmas} are left of this process's budget "
+            "(a quarter of vm.max_map_count, or what gather_limits() was told); release batches, or gather fewer "
+            "records at once"
         )
-    if strategy == "map" and obstacle:
-        raise MappingUnsupportedError(f'strategy="map": {obstacle}; strategy="auto" copies instead')
-    if obstacle or strategy == "copy":
-        return Plan(False, starts, obstacle)
-    return Plan(
-        strategy == "map"
-        or _map_seconds(extents, nbytes, starts, costs or Costs()) <= _copy_seconds(extents, nbytes, costs or Costs()),
-        starts,
-    )
+    return ""
 
 
 def check_strategy(strategy: str) -> None:
@@ -108,14 +118,15 @@ def check_strategy(strategy: str) -> None:
         raise InvalidOptionError(f"strategy {strategy!r}: expected one of {', '.join(STRATEGIES)}")
 
 
-def _map_seconds(extents: Extents, nbytes: int, starts: np.ndarray[Any, np.dtype[np.int64]], costs: Costs) -> float:
-    huge_segments = np.array([segment.huge for segment in extents.segments], bool)
+def _pages(extents: Extents, nbytes: int) -> tuple[float, float, float]:
+    """Return how many pages a mapping enters: huge ones, 4 KiB parts of huge ones, and 4 KiB pages of their own."""
+    if len(extents.segments) == 1:
+        on_huge = len(extents) * extents.segments[0].huge_share
+    else:
+        on_huge = float(np.array([s.huge_share for s in extents.segments])[extents.segment].sum())
+    small = nbytes / vm.PAGE
+    loose = (len(extents) - on_huge) * small
     # A huge page stays huge only where address and file offset agree modulo its size, for every record of the batch.
-    on_huge = huge_segments[extents.segment] & (nbytes % vm.HUGE == 0) & (extents.offset % vm.HUGE == 0)
-    huge = int(on_huge.sum())
-    pages = huge * (nbytes / vm.HUGE) * costs.huge_page + (len(extents) - huge) * (nbytes / vm.PAGE) * costs.small_page
-    return len(starts) * costs.vma + pages
-
-
-def _copy_seconds(extents: Extents, nbytes: int, costs: Costs) -> float:
-    return len(extents) * nbytes * costs.copied_byte
+    if nbytes % vm.HUGE == 0 and not (extents.offset % vm.HUGE).any():
+        return on_huge * (nbytes / vm.HUGE), 0.0, loose
+    return 0.0, on_huge * small, loose

@@ -1,8 +1,9 @@
 """Address ranges and warm buffers that batches stand on: taken, given back when the last view dies, used again.
 
-One pool a process. A mapped batch stands on a *window*, a reserved range whose pages are let go when the batch dies (so
-nothing pins a segment that compaction unlinked); a copied batch stands on a *buffer*, memory that stays warm for the
-next one, within a budget. While no database is open in the process, nothing idle is kept.
+One pool a process. A mapped batch stands on a *window*, a reserved range; a copied batch stands on a *buffer*, memory
+that stays warm for the next one. A few large windows keep their pages until the next batch is laid over them, which
+saves one pass over them (docs/decisions/0003); all others are emptied at once, so that nothing pins a segment that
+compaction unlinked. While no database is open in the process, nothing idle is kept.
 """
 
 from __future__ import annotations
@@ -10,27 +11,45 @@ from __future__ import annotations
 import os
 import threading
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from memodb import vm
 
-#: Idle buffers kept warm at most, and idle reservations (address space only).
-_IDLE_BYTES = min(2 << 30, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 8)
+#: Windows at least this large are worth laying over; so many of them may wait at once with their pages.
+_WORTH_KEEPING = 32 << 20
+_KEPT_WINDOWS = 2
+#: Idle reservations (address space only).
 _IDLE_WINDOWS = 16
 
 
-@dataclass(eq=False)
+@dataclass
+class Limits:
+    """What the gathers of this process may take.
+
+    Parameters
+    ----------
+    idle_bytes
+        Memory that waits for the next batch: warm copy buffers, and pages of kept windows.
+    mappings
+        VMAs of all batches together.
+    """
+
+    idle_bytes: int
+    mappings: int
+
+
+@dataclass(eq=False, slots=True)
 class Range:
-    """A range of addresses that a batch stands on."""
+    """A range of addresses that a batch stands on; `filled` bytes of a window hold mappings, `vmas` of them."""
 
     address: int
     nbytes: int
-    mapped: bool
+    window: bool
+    filled: int = 0
     vmas: int = 0
-    keep: Any = field(default=None, repr=False)
 
 
 class Holder(vm.Span):
@@ -49,14 +68,34 @@ class Pool:
     """The ranges of this process."""
 
     def __init__(self) -> None:
-        self._renew_lock()
+        self.renew_lock()
+        self.limits = Limits(
+            min(2 << 30, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 8), vm.mapping_budget()
+        )
         self._returned: deque[Range] = deque()
-        self._windows: list[Range] = []
+        self._empty: list[Range] = []
+        self._kept: list[Range] = []
         self._buffers: list[Range] = []
         self._users = 0
         self.vmas = 0
 
-    def _renew_lock(self) -> None:
+    def limit(self, idle_bytes: int | None, mappings: int | None) -> dict[str, int]:
+        """Change limits that are not None; return all, and what is in use of them."""
+        with self._lock:
+            if idle_bytes is not None:
+                self.limits.idle_bytes = int(idle_bytes)
+            if mappings is not None:
+                self.limits.mappings = int(mappings)
+        self._collect()
+        return {
+            "idle_bytes": self.limits.idle_bytes,
+            "mappings": self.limits.mappings,
+            "idle_bytes_in_use": self.idle_bytes(),
+            "mappings_in_use": self.vmas,
+        }
+
+    def renew_lock(self) -> None:
+        """Take a fresh lock (in a forked child)."""
         self._lock = threading.Lock()
 
     def open(self) -> None:
@@ -75,23 +114,34 @@ class Pool:
     def free_vmas(self) -> int:
         """Return how many more VMAs batches may take."""
         self._collect()
-        return vm.mapping_budget() - self.vmas
+        return self.limits.mappings - self.vmas + sum(r.vmas for r in list(self._kept))
 
     def window(self, nbytes: int, vmas: int) -> Range:
-        """Take a reserved range of at least `nbytes` for `vmas` mappings, aligned to huge pages."""
+        """Take a reserved range of at least `nbytes` for `vmas` mappings, aligned to huge pages.
+
+        Mappings of an earlier batch may still lie in its first `nbytes` (to be laid over), never behind them.
+        """
         self._collect()
         with self._lock:
-            found = self._fit(self._windows, nbytes)
+            found = self._fit(self._kept, nbytes) or self._fit(self._empty, nbytes)
+            if self.vmas + vmas > self.limits.mappings:
+                self._empty_kept()
+            if found is not None:
+                self.vmas -= found.vmas
             self.vmas += vmas
-        if found is None:
-            try:
+        try:
+            if found is None:
                 size = vm.round_up(nbytes, vm.HUGE)
-                found = Range(vm.reserve(size), size, mapped=True)
-            except OSError:
-                with self._lock:
-                    self.vmas -= vmas
-                raise
-        found.vmas = vmas
+                found = Range(vm.reserve(size), size, window=True)
+            elif found.filled > nbytes:
+                vm.map_nothing(found.address + nbytes, found.filled - nbytes)
+        except OSError:
+            with self._lock:
+                self.vmas -= vmas
+                if found is not None:
+                    vm.unmap(found.address, found.nbytes)
+            raise
+        found.vmas, found.filled = vmas, nbytes
         return found
 
     def buffer(self, nbytes: int) -> Range:
@@ -100,27 +150,35 @@ class Pool:
         with self._lock:
             found = self._fit(self._buffers, nbytes)
         if found is None:
-            size = vm.round_up(nbytes, vm.HUGE if nbytes >= vm.HUGE else vm.PAGE)
-            found = Range(vm.allocate(size), size, mapped=False)
+            size = vm.round_up(nbytes, vm.HUGE if nbytes >= vm.HUGE // 4 else vm.PAGE)
+            found = Range(vm.allocate(size), size, window=False)
         return found
 
     @staticmethod
     def _fit(idle: list[Range], nbytes: int) -> Range | None:
         # The smallest that fits, and none that is mostly too large: that one is worth more to a larger batch.
-        fitting = [r for r in idle if nbytes <= r.nbytes <= max(4 * nbytes, 4 * vm.HUGE)]
-        if not fitting:
-            return None
-        best = min(fitting, key=lambda r: r.nbytes)
-        idle.remove(best)
+        best = None
+        for owned in idle:
+            if nbytes <= owned.nbytes <= max(4 * nbytes, 4 * vm.HUGE) and (best is None or owned.nbytes < best.nbytes):
+                best = owned
+        if best is not None:
+            idle.remove(best)
         return best
 
-    def give_back(self, owned: Range) -> None:
-        """Take a range back.
+    def give_back(self, owned: Range, *, intact: bool = True) -> None:
+        """Take a range back; `intact` tells whether it holds a whole batch.
 
         Runs wherever the last view dies, also inside a garbage collection that this pool triggered itself.
         """
+        if not intact:
+            owned.filled = 0  # nobody knows how far the mapping came: never laid over
         self._returned.append(owned)
         self._collect()
+
+    def forget_pages(self) -> None:
+        """Empty the idle windows: what they map may have been removed from its store."""
+        with self._lock:
+            self._empty_kept()
 
     def _collect(self) -> None:
         # Only whoever gets the lock sorts returned ranges in; whoever does not leaves them to the holder of the lock,
@@ -136,32 +194,44 @@ class Pool:
                 self._lock.release()
 
     def _sort_in(self, owned: Range) -> None:
-        if owned.mapped:
-            vm.map_nothing(owned.address, owned.nbytes)
-            self.vmas -= owned.vmas
-            owned.keep = None
-            self._windows.append(owned)
-        else:
+        if not owned.window:
             self._buffers.append(owned)
+        elif self._users and owned.filled >= _WORTH_KEEPING:
+            self._kept.append(owned)
+        else:
+            self._empty_out(owned)
+
+    def _empty_out(self, owned: Range) -> None:
+        vm.map_nothing(owned.address, owned.nbytes)
+        self.vmas -= owned.vmas
+        owned.vmas = owned.filled = 0
+        self._empty.append(owned)
+
+    def _empty_kept(self) -> None:
+        while self._kept:
+            self._empty_out(self._kept.pop(0))
 
     def _surplus(self) -> bool:
         if not self._users:
-            return bool(self._windows or self._buffers)
-        return len(self._windows) > _IDLE_WINDOWS or sum(r.nbytes for r in self._buffers) > _IDLE_BYTES
+            return bool(self._empty or self._buffers or self._kept)
+        return (
+            len(self._kept) > _KEPT_WINDOWS
+            or len(self._empty) > _IDLE_WINDOWS
+            or self.idle_bytes() > self.limits.idle_bytes
+        )
 
     def _trim(self) -> None:
         while self._surplus():
-            idle = (
-                self._windows
-                if self._windows and (not self._users or len(self._windows) > _IDLE_WINDOWS)
-                else self._buffers
-            )
+            if self._kept and (not self._users or len(self._kept) > _KEPT_WINDOWS or not self._buffers):
+                self._empty_out(self._kept.pop(0))
+                continue
+            idle = self._buffers if self._users and len(self._empty) <= _IDLE_WINDOWS else self._empty or self._buffers
             oldest = idle.pop(0)
             vm.unmap(oldest.address, oldest.nbytes)
 
     def idle_bytes(self) -> int:
-        """Return the bytes of warm memory that wait for the next batch."""
-        return sum(r.nbytes for r in list(self._buffers))
+        """Return the bytes of memory that wait for the next batch."""
+        return sum(r.nbytes for r in list(self._buffers)) + sum(r.filled for r in list(self._kept))
 
     def hold(self, owned: Range, nbytes: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
         """Return the first `nbytes` of a range as an array whose base gives the range back when it dies."""
@@ -169,4 +239,4 @@ class Pool:
 
 
 POOL = Pool()
-os.register_at_fork(after_in_child=POOL._renew_lock)
+os.register_at_fork(after_in_child=POOL.renew_lock)

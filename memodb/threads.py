@@ -1,0 +1,129 @@
+"""The helper threads of this process: they share one loop with whoever runs it.
+
+Copying, prefaulting and checksums leave the GIL, so a few threads are worth having; but a thread that sleeps takes
+longer to wake (tens of microseconds) than a small batch takes to copy. So nobody waits for a helper to arrive: the
+caller begins at once, and helpers take what is left when they come.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable
+from itertools import count
+from queue import SimpleQueue
+
+#: Threads that a loop may have, its caller included: more do not add bandwidth.
+MOST = min(len(os.sched_getaffinity(0)), 8)
+
+
+class _Loop:
+    """One loop under way: ``work(0)`` to ``work(n - 1)``, each index taken once, in order."""
+
+    def __init__(self, work: Callable[[int], object], n: int) -> None:
+        self._work = work
+        self._n = n
+        self._next = count()
+        self._lock = threading.Lock()
+        self._helping = 0
+        self._over = False
+        self._left: threading.Lock | None = None  # held while the caller waits for the last helper
+        self.error: BaseException | None = None
+
+    def run(self) -> None:
+        for i in self._next:  # one bytecode of C: no index is taken twice
+            if i >= self._n or self.error is not None:
+                return
+            try:
+                self._work(i)
+            except BaseException as error:
+                self.error = error
+
+    def help(self) -> None:
+        with self._lock:
+            if self._over:
+                return
+            self._helping += 1
+        try:
+            self.run()
+        finally:
+            with self._lock:
+                self._helping -= 1
+                if self._left is not None and not self._helping:
+                    self._left.release()
+
+    def finish(self) -> None:
+        with self._lock:
+            self._over = True
+            if self._helping:
+                self._left = threading.Lock()
+                self._left.acquire()
+        if self._left is not None:
+            self._left.acquire()
+        del self._work  # a helper that comes too late must not keep alive what the loop worked on
+        if self.error is not None:
+            raise self.error
+
+
+class Crew:
+    """Threads started at need, stopped with the last database, gone in a forked child."""
+
+    def __init__(self) -> None:
+        self.forget()
+
+    def forget(self) -> None:
+        """Know of no threads (in a forked child there are none)."""
+        self._lock = threading.RLock()  # a garbage collection inside may close the last database
+        self._queue: SimpleQueue[_Loop | None] = SimpleQueue()
+        self._threads: list[threading.Thread] = []
+
+    def share(self, work: Callable[[int], object], n: int, threads: int = MOST) -> None:
+        """Run ``work(0)`` to ``work(n - 1)`` on up to `threads` threads, this one included; return when all are done.
+
+        Raises
+        ------
+        BaseException
+            What the first failing call raised; indices not yet begun are left out then.
+        """
+        helpers = min(threads, MOST, n) - 1
+        loop = _Loop(work, n)
+        if helpers > 0:
+            self._start(helpers)
+            for _ in range(min(helpers, len(self._threads))):
+                self._queue.put(loop)
+        loop.run()
+        loop.finish()
+
+    def _start(self, wanted: int) -> None:
+        if len(self._threads) >= wanted:
+            return
+        with self._lock:
+            while len(self._threads) < wanted:
+                thread = threading.Thread(
+                    target=_serve, args=(self._queue,), name=f"memodb-{len(self._threads) + 1}", daemon=True
+                )
+                try:
+                    thread.start()
+                except RuntimeError:  # no more threads to be had (RLIMIT_NPROC): those there are do the work
+                    return
+                self._threads.append(thread)
+
+    def stop(self) -> None:
+        """Let the threads end, and wait for them (they may hold the last reference to a record file)."""
+        with self._lock:
+            threads, self._threads = self._threads, []
+            for _ in threads:
+                self._queue.put(None)
+        for thread in threads:
+            if thread is not threading.current_thread():
+                thread.join()
+
+
+def _serve(queue: SimpleQueue[_Loop | None]) -> None:
+    while (loop := queue.get()) is not None:
+        loop.help()
+        del loop  # what a loop holds must not live until the next one comes
+
+
+CREW = Crew()
+os.register_at_fork(after_in_child=CREW.forget)
