@@ -6,7 +6,9 @@ They run before anything is changed, and say what was expected, what was found, 
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,9 +17,11 @@ from memodb.catalog.catalog import check_name, grouped
 from memodb.errors import InvalidIdError, InvalidKeyError, InvalidOptionError
 from memodb.interop import to_numpy
 
-__all__ = ["as_count", "as_distance", "as_ids", "as_keys", "as_namespaces", "grouped"]
+__all__ = ["as_count", "as_distance", "as_ids", "as_keys", "as_namespaces", "as_path", "grouped"]
 
 Ids = np.ndarray[Any, np.dtype[np.int64]]
+#: The squared distance of two keys of this squared length just fits float32.
+_LARGEST_NORM = float(np.finfo(np.float32).max) / 4
 
 
 def as_ids(ids: Any) -> Ids:
@@ -28,6 +32,8 @@ def as_ids(ids: Any) -> Ids:
     InvalidIdError
         For bools, floats, strings, negative or too large numbers, and anything not one-dimensional.
     """
+    if isinstance(ids, np.ma.MaskedArray):
+        raise InvalidIdError("ids are a masked array, whose mask would be ignored; pass ids.compressed()")
     if isinstance(ids, (str, bytes, bool, np.bool_)):
         raise InvalidIdError(f"ids must be integers, found {type(ids).__name__} {ids!r}")
     if isinstance(ids, (int, np.integer)):
@@ -38,7 +44,7 @@ def as_ids(ids: Any) -> Ids:
         except TypeError as error:
             raise InvalidIdError(f"ids must be a sequence of integers, found {type(ids).__name__}") from error
         for item in items:
-            if not hasattr(item, "__index__") or isinstance(item, bool) or (isinstance(item, np.ndarray) and item.ndim):
+            if not hasattr(item, "__index__") or isinstance(item, bool) or _is_no_integer(item):
                 raise InvalidIdError(f"ids must be integers, found {type(item).__name__} {item!r}")
         try:
             array = np.fromiter((operator.index(item) for item in items), np.int64, len(items))
@@ -58,6 +64,12 @@ def as_ids(ids: Any) -> Ids:
     if (array < 0).any():
         raise InvalidIdError(f"ids are not negative, found {int(array.min())}")
     return array
+
+
+def _is_no_integer(item: Any) -> bool:
+    """Tell whether an item with a dtype (numpy, torch) is no integer scalar: a bool tensor has ``__index__`` too."""
+    dtype = str(getattr(item, "dtype", "int"))
+    return bool(getattr(item, "ndim", 0)) or "bool" in dtype or "float" in dtype
 
 
 def as_keys(keys: Any, key_dim: int, n: int | None = None) -> np.ndarray[Any, np.dtype[np.float32]]:
@@ -86,6 +98,13 @@ def as_keys(keys: Any, key_dim: int, n: int | None = None) -> np.ndarray[Any, np
     if not finite.all():
         bad = np.flatnonzero(~finite)
         raise InvalidKeyError(f"keys must be finite: row {bad[0]} holds NaN or infinity ({len(bad)} such rows)")
+    with np.errstate(over="ignore"):
+        large = np.einsum("ij,ij->i", array, array) > _LARGEST_NORM
+    if large.any():
+        raise InvalidKeyError(
+            f"keys are too large: row {np.flatnonzero(large)[0]} has a squared length above {_LARGEST_NORM:.1e}, so "
+            f"that squared distances overflow float32 ({large.sum()} such rows); scale the keys"
+        )
     return array
 
 
@@ -100,6 +119,8 @@ def as_namespaces(namespace: str | Sequence[str], n: int) -> tuple[list[str], np
     if isinstance(namespace, str):
         return [check_name(namespace)], np.zeros(n, np.intp)
     try:
+        if isinstance(namespace, (set, frozenset, Mapping)):
+            raise TypeError("a set has no order")
         names = list(namespace)
     except TypeError as error:
         raise InvalidOptionError(f"namespace must be a string or one string per row, found {namespace!r}") from error
@@ -110,8 +131,25 @@ def as_namespaces(namespace: str | Sequence[str], n: int) -> tuple[list[str], np
     return list(places), rows
 
 
-def as_count(name: str, value: Any, *, least: int = 1) -> int:
-    """Return `value` if it is an integer of at least `least`.
+def as_path(path: Any) -> Path:
+    """Return where a store is, absolute.
+
+    Raises
+    ------
+    InvalidOptionError
+        If it is no path, or an empty one.
+    """
+    try:
+        text = os.fspath(path)
+    except TypeError as error:
+        raise InvalidOptionError(f"path must be a string or a path, found {type(path).__name__}") from error
+    if not isinstance(text, str) or not text or "\0" in text:
+        raise InvalidOptionError(f"path {path!r} names no folder")
+    return Path(text).absolute()
+
+
+def as_count(name: str, value: Any, *, least: int = 1, most: int = 1 << 62) -> int:
+    """Return `value` if it is an integer of at least `least` and at most `most`.
 
     Raises
     ------
@@ -120,6 +158,8 @@ def as_count(name: str, value: Any, *, least: int = 1) -> int:
     """
     if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, np.integer)) or value < least:
         raise InvalidOptionError(f"{name} must be an integer of at least {least}, found {value!r}")
+    if value > most:
+        raise InvalidOptionError(f"{name} must be at most {most}, found {value}")
     return int(value)
 
 

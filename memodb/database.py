@@ -5,15 +5,17 @@ from __future__ import annotations
 import os
 import secrets
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self
 
 import numpy as np
 
 from memodb import arguments, interop, layout
 from memodb.backends import registry
+from memodb.backends.base import Locators, Victim
+from memodb.catalog.catalog import check_name
 from memodb.checksum import record_checksums
 from memodb.errors import (
+    CorruptionError,
     InvalidKeyError,
     InvalidOptionError,
     InvalidRecordError,
@@ -106,20 +108,24 @@ class MemoDB(Handle):
         InvalidRecordError, InvalidOptionError, BackendNotFoundError
             If an argument cannot be used; nothing is made then.
         """
-        where = Path(path).absolute()
+        where = arguments.as_path(path)
         spec = RecordSpec.of(shape, dtype)
         loaded = registry.load(backend)
+        limit = None if max_bytes is None else arguments.as_count("max_bytes", max_bytes)
+        with layout.access(where):
+            room = layout.room(where, limit)
         settings = {
             "uid": secrets.token_hex(8),
             "shape": list(spec.shape),
             "dtype": spec.dtype_name,
-            "key_dim": None if key_dim is None else arguments.as_count("key_dim", key_dim),
+            "key_dim": None if key_dim is None else arguments.as_count("key_dim", key_dim, most=1 << 16),
             "backend": backend,
-            "options": loaded.check_options(backend_options, spec),
+            "options": loaded.check_options(backend_options, spec, room=room),
             "index": _check_index(index, key_dim),
-            "max_bytes": None if max_bytes is None else arguments.as_count("max_bytes", max_bytes),
+            "max_bytes": limit,
         }
-        lock = layout.claim(where)
+        with layout.access(where):
+            lock = layout.claim(where)
         db = None
         try:
             db = cls(where, "r+", lock, settings)
@@ -152,10 +158,12 @@ class MemoDB(Handle):
         FormatVersionError, CorruptionError, StoreAccessError
             If the store cannot be read.
         """
-        where = Path(path).absolute()
+        where = arguments.as_path(path)
         if mode not in ("r", "r+"):
             raise InvalidOptionError(f"mode must be 'r' or 'r+', found {mode!r}; a new store is made by create()")
-        if not (where / layout.CATALOG / "data.mdb").exists():
+        with layout.access(where):
+            found = (where / layout.CATALOG / "data.mdb").exists()
+        if not found:
             raise StoreNotFoundError(f"{where} holds no memodb store; memodb.MemoDB.create makes one")
         lock = WriterLock(where / layout.LOCK) if mode == "r+" else None
         try:
@@ -286,8 +294,7 @@ class MemoDB(Handle):
             victims = self._backend.victims(rows["locator"])
             for done, victim in enumerate(victims):
                 with RestoringOnError(self):
-                    moved = self._backend.rewrite(victim.token, rows["locator"][victim.members])
-                    self._backend.sync()
+                    moved = self._rewrite(victim, rows["locator"][victim.members])
                     self._catalog.relocate(live_ids[victim.members], moved, self._backend.state())
                 self._backend.discard(victim.token)
                 forget_pages()
@@ -295,6 +302,23 @@ class MemoDB(Handle):
                     progress(done + 1, len(victims))
             self._catalog.drop_dead_keys()
             return before - self._backend.usage().bytes_on_store
+
+    def _rewrite(self, victim: Victim, locators: Locators) -> Locators:
+        try:
+            moved = self._backend.rewrite(victim.token, locators)
+            self._backend.sync()
+        except StoreFullError as error:
+            raise StoreFullError(
+                f"compacting {self._path} needs room for the live records of one part at a time, now for "
+                f"{len(locators)} ({len(locators) * self._spec.nbytes} bytes): {error.__cause__ or error}; free so "
+                "much there, delete more, or memodb.copy() the store to where there is room. What was compacted before "
+                "stays so"
+            ) from error
+        except FileNotFoundError as error:
+            raise CorruptionError(
+                f"a segment of {self._path} is missing ({error}); verify() names the records that are lost"
+            ) from error
+        return moved
 
     def reindex(self, index: str | None = None) -> None:
         """Build the index anew from the keys, with another factory if `index` names one.
@@ -307,10 +331,14 @@ class MemoDB(Handle):
         self._check_writable()
         factory = self.index_factory if index is None else _check_index(index, self.key_dim)
         with self._lock:
-            self._catalog.change_settings(index=factory)
             numbers = self._catalog.namespaces()
             large = [name for name, count in numbers.items() if count > INDEX_AT_CLOSE]
-            self._indexes.rebuild(factory, [n for n in self._catalog.namespace_numbers(large) if n is not None])
+            try:
+                self._indexes.rebuild(factory, [n for n in self._catalog.namespace_numbers(large) if n is not None])
+                self._catalog.change_settings(index=factory)
+            except BaseException:
+                self._indexes.rebuild(self.index_factory, [])
+                raise
 
     # --- reading ---
 
@@ -437,7 +465,7 @@ class MemoDB(Handle):
         if self.key_dim is None:
             raise InvalidKeyError(f"{self._path} was created without key_dim, so there is nothing to search")
         wanted = arguments.as_keys(keys, self.key_dim)
-        k = arguments.as_count("k", k)
+        k = arguments.as_count("k", k, most=1 << 31)
         limit = arguments.as_distance(max_distance)
         names, rows = arguments.as_namespaces(namespace, len(wanted))
         numbers = self._catalog.namespace_numbers(names)
@@ -473,7 +501,7 @@ class MemoDB(Handle):
     def ids(self, namespace: str | None = None) -> Ids:
         """Return the ids of all records, or of those in one namespace, int64 [n], ascending."""
         self._check_open()
-        return self._catalog.live(namespace)[0]
+        return self._catalog.live(None if namespace is None else check_name(namespace))[0]
 
     def namespaces(self) -> dict[str, int]:
         """Return the number of records of each namespace that was ever used."""
@@ -562,7 +590,7 @@ class MemoDB(Handle):
 def _check_index(index: str, key_dim: int | None) -> str:
     if index == "auto" or key_dim is None:
         return "auto" if key_dim is None else index
-    from memodb.index.faiss import check_factory  # faiss takes a while to import
+    from memodb.index.factory import check_factory  # faiss takes a while to import
 
     return check_factory(index, key_dim)
 

@@ -90,6 +90,8 @@ def to_numpy(values: Any, dtype: np.dtype[Any] | None = None) -> np.ndarray[Any,
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(values, torch.Tensor):
         return _from_torch(torch, values)
+    if isinstance(values, np.ma.MaskedArray):
+        raise InvalidRecordError("a masked array cannot be stored: its mask would be lost; call .filled() first")
     if isinstance(values, np.ndarray):
         return values
     try:
@@ -97,15 +99,34 @@ def to_numpy(values: Any, dtype: np.dtype[Any] | None = None) -> np.ndarray[Any,
             return np.asarray(values)
         if hasattr(values, "__dlpack__"):
             return np.from_dlpack(values)
-        return np.asarray(values, dtype)
-    except (TypeError, ValueError, RuntimeError, BufferError) as error:
+        plain = np.asarray(values)
+        return plain if dtype is None else _as_written(plain, dtype)
+    except (TypeError, ValueError, RuntimeError, BufferError, OverflowError, NotImplementedError) as error:
         raise InvalidRecordError(
             f"values of type {type(values).__name__} cannot be read as an array: {error}"
         ) from error
 
 
+def _as_written(plain: np.ndarray[Any, Any], dtype: np.dtype[Any]) -> np.ndarray[Any, Any]:
+    """Give numbers written as Python lists the dtype that is wanted, where none changes its kind by it."""
+    if plain.size == 0:
+        return plain.astype(dtype)
+    wanted = "f" if dtype.name in EXTENSION_DTYPES else dtype.kind
+    if plain.dtype.kind not in {"f": "biuf", "c": "biufc"}.get(wanted, "biu"):
+        raise TypeError(f"they are {plain.dtype.name}, the store holds {dtype.name}")
+    with np.errstate(over="ignore"):
+        cast = plain.astype(dtype)
+    if wanted in "iub" and not np.array_equal(cast, plain):
+        raise ValueError(f"some do not fit {dtype.name}")
+    if wanted in "fc" and not np.array_equal(np.isfinite(cast.astype(np.complex128)), np.isfinite(plain)):
+        raise ValueError(f"some overflow {dtype.name}")
+    return cast
+
+
 def _from_torch(torch: Any, tensor: Any) -> np.ndarray[Any, Any]:
     name = str(tensor.dtype).removeprefix("torch.")
+    if tensor.device.type == "meta":
+        raise InvalidRecordError("a meta tensor has no values")
     tensor = tensor.detach().cpu().resolve_conj().resolve_neg()
     if tensor.layout != torch.strided:
         raise InvalidRecordError(f"a {tensor.layout} tensor cannot be stored; call .to_dense() first")

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from memodb.catalog import Catalog
-from memodb.errors import MemoDBError, StoreExistsError, StoreNotFoundError
+from memodb.errors import MemoDBError, StoreAccessError, StoreExistsError, StoreFullError, StoreNotFoundError
 from memodb.lock import WriterLock
 
 CATALOG, VALUES, INDEX, LOCK = "catalog", "values", "index", "writer.lock"
@@ -56,6 +59,28 @@ def remove(path: Path, keep: str = "") -> None:
             shutil.rmtree(victim, ignore_errors=True)
         else:
             victim.unlink(missing_ok=True)
+
+
+@contextmanager
+def access(path: Path) -> Iterator[None]:
+    """Turn what the operating system refuses about a store's path into memodb's error."""
+    try:
+        yield
+    except MemoDBError:
+        raise
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise StoreFullError(f"no room for a store at {path}: {error.strerror}; free space there") from error
+        raise StoreAccessError(
+            f"{path} cannot be used: {error.strerror}; choose another path, or ask for access"
+        ) from error
+
+
+def room(path: Path, max_bytes: int | None) -> int:
+    """Return the bytes that a store at `path` may grow to: the size of its file system, or `max_bytes` if less."""
+    there = next((folder for folder in (path, *path.parents) if folder.exists()), Path("/"))
+    size = os.statvfs(there)
+    return min(size.f_blocks * size.f_frsize, max_bytes or 1 << 62)
 
 
 def sync(path: Path) -> None:

@@ -1,8 +1,10 @@
 """The writer's lock: one writer per store, across processes, freed by the kernel when its holder dies.
 
-A POSIX record lock (fcntl(2)): unlike flock(2) it is not shared with forked children, and the kernel names its holder.
-It is per process and lost when the process closes ANY descriptor of the file, so this module alone opens the file, and
-remembers what this process holds.
+An open file description lock (F_OFD_SETLK, fcntl(2)). It is held by the descriptor taken here, so nothing else that the
+process opens and closes (a backup of the store's folder, for one) can lose it, as it would lose a POSIX record lock. A
+forked child inherits the descriptor and closes it at once, so a worker that outlives a killed writer does not keep the
+store locked, as it would with flock(2). The kernel does not name the holder of such a lock; the holder writes its
+process id into the file.
 """
 
 from __future__ import annotations
@@ -17,19 +19,23 @@ from pathlib import Path
 from memodb.errors import StoreAccessError, WriterLockedError
 
 _FLOCK = struct.Struct("hhqqi4x")  # struct flock of 64-bit Linux: l_type, l_whence, l_start, l_len, l_pid
-_held: dict[tuple[int, int], int] = {}
-_held_lock = threading.Lock()
+_held: set[int] = set()
+_held_lock = threading.RLock()  # a garbage collection inside may release another lock
 
 
 def _after_fork_in_child() -> None:
     global _held_lock
-    _held_lock = threading.Lock()
-    for fd in _held.values():
+    _held_lock = threading.RLock()
+    for fd in _held:
         os.close(fd)
     _held.clear()
 
 
-os.register_at_fork(after_in_child=_after_fork_in_child)
+os.register_at_fork(
+    before=lambda: _held_lock.acquire(),  # no descriptor may be between its opening and its entry
+    after_in_parent=lambda: _held_lock.release(),
+    after_in_child=_after_fork_in_child,
+)
 
 
 class WriterLock:
@@ -38,48 +44,49 @@ class WriterLock:
     Raises
     ------
     WriterLockedError
-        If another handle holds it; the message names its process.
+        If another handle holds it, here or in another process; the message names the process.
+    StoreAccessError
+        If the file cannot be opened for writing.
     """
 
     def __init__(self, path: Path) -> None:
         self._pid = os.getpid()
         with _held_lock:
             try:
-                stat = path.stat()
-                if (stat.st_dev, stat.st_ino) in _held:
-                    raise _locked(path, os.getpid())
-            except FileNotFoundError:
-                pass
-            try:
                 fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
-            except PermissionError as error:
+            except FileNotFoundError:
+                raise
+            except OSError as error:
                 raise StoreAccessError(
-                    f"{path} cannot be written: {error.strerror}; open the store with mode='r'"
+                    f"{path} cannot be opened for writing: {error.strerror}; open the store with mode='r'"
                 ) from error
             try:
-                fcntl.fcntl(fd, fcntl.F_SETLK, _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0))
+                fcntl.fcntl(fd, fcntl.F_OFD_SETLK, _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0))
+                os.ftruncate(fd, 0)
+                os.pwrite(fd, f"{self._pid}\n".encode(), 0)
             except OSError as error:
-                holder = _FLOCK.unpack(
-                    fcntl.fcntl(fd, fcntl.F_GETLK, _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0))
-                )[4]
+                holder = os.pread(fd, 32, 0)
                 os.close(fd)
                 if error.errno in (errno.EACCES, errno.EAGAIN):
                     raise _locked(path, holder) from None
-                raise
-            stat = os.fstat(fd)
-            self._key = (stat.st_dev, stat.st_ino)
-            _held[self._key] = fd
+                if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                    raise
+                raise StoreAccessError(f"{path} cannot be written: {error.strerror}; free space there") from error
+            self._fd = fd
+            _held.add(fd)
 
     def release(self) -> None:
         """Let the next writer in."""
         with _held_lock:
-            fd = _held.pop(self._key, None) if os.getpid() == self._pid else None
-            if fd is not None:
-                os.close(fd)
+            if os.getpid() == self._pid and self._fd in _held:
+                _held.discard(self._fd)
+                os.close(self._fd)
+                self._fd = -1
 
 
-def _locked(path: Path, pid: int) -> WriterLockedError:
+def _locked(path: Path, holder: bytes) -> WriterLockedError:
+    who = holder.strip().decode("ascii", "replace")
     return WriterLockedError(
-        f"{path.parent} is already open for writing by process {pid}; close it there, or open it with "
-        "mode='r' (readers are not limited)"
+        f"{path.parent} is already open for writing by {f'process {who}' if who.isdigit() else 'another process'}; "
+        "close it there, or open it with mode='r' (readers are not limited)"
     )

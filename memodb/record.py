@@ -21,6 +21,10 @@ EXTENSION_DTYPES: dict[str, np.dtype[Any]] = {
 }
 
 
+#: numpy has 64 dimensions, one of which is the batch's; a segment has at most 2**40 bytes.
+_MOST_DIMENSIONS, _MOST_BYTES = 63, 1 << 40
+
+
 def parse_dtype(dtype: Any) -> np.dtype[Any]:
     """Return the numpy dtype, in native byte order, that `dtype` names.
 
@@ -34,6 +38,8 @@ def parse_dtype(dtype: Any) -> np.dtype[Any]:
     InvalidRecordError
         If it is not numeric or not known.
     """
+    if dtype is None:
+        raise InvalidRecordError("dtype is None: name one, such as 'float16'")
     name = dtype if isinstance(dtype, str) else str(dtype)
     name = name.removeprefix("torch.")
     if name in EXTENSION_DTYPES:
@@ -86,7 +92,15 @@ class RecordSpec:
             isinstance(d, bool) or not isinstance(d, (int, np.integer)) or d < 1 for d in dims
         ):
             raise InvalidRecordError(f"shape {shape!r}: every dimension of a record must be an integer of at least 1")
-        return cls(tuple(int(d) for d in dims), parse_dtype(dtype))
+        if isinstance(given, (set, frozenset)):
+            raise InvalidRecordError(f"shape {shape!r} is not a sequence: a set has no order")
+        spec = cls(tuple(int(d) for d in dims), parse_dtype(dtype))
+        if len(dims) > _MOST_DIMENSIONS or spec.nbytes > _MOST_BYTES:
+            raise InvalidRecordError(
+                f"shape {shape!r} of {spec.dtype_name}: a record has at most {_MOST_DIMENSIONS} dimensions and "
+                f"{_MOST_BYTES} bytes"
+            )
+        return spec
 
     @property
     def nbytes(self) -> int:

@@ -13,7 +13,7 @@ from memodb import arguments
 from memodb.catalog import LIVE
 from memodb.checksum import record_checksums
 from memodb.database import MemoDB
-from memodb.errors import CorruptionError
+from memodb.errors import CorruptionError, InvalidOptionError
 
 _CHUNK_BYTES = 64 << 20
 
@@ -52,6 +52,9 @@ def copy(
     MemoDBError
         If a record cannot be read or written; the unfinished copy is removed then.
     """
+    source, target = arguments.as_path(src_path), arguments.as_path(dst_path)
+    if source in target.parents:
+        raise InvalidOptionError(f"a store cannot be copied into itself: {target} lies in {source}")
     with MemoDB.open(src_path) as src:
         dst = MemoDB.create(
             dst_path,

@@ -79,6 +79,8 @@ def test_search(run, store, shm):
     np.save(shm / "keys.npy", KEYS[:3])
     status, out, _ = run("search", store, "--keys", shm / "keys.npy", "--json")
     assert [row[0]["id"] for row in json.loads(out)["hits"]] == [0, 1, 2]
+    status, out, _ = run("search", store, "--key", "-1,0,0,0", "--json")
+    assert status == 0, "a key may begin with a minus sign"
     status, out, _ = run("search", store, "--key", "0,2,0,0", "--max-distance", 0.5)
     assert status == 0
     assert out.splitlines()[1].split() == ["0", "1", "0"]

@@ -109,3 +109,15 @@ def test_progress_is_told(make):
     assert calls
     assert calls[-1][0] == calls[-1][1]
     assert [done for done, _ in calls] == sorted(done for done, _ in calls)
+
+
+def test_compacting_with_a_segment_missing_is_corruption(make, path):
+    db = make(**SMALL)
+    ids = db.put(VALUES)
+    db.delete(ids[::2])
+    db.close()
+    sorted((path / "values").iterdir())[0].unlink()
+    with memodb.MemoDB.open(path, mode="r+") as again:
+        with pytest.raises(memodb.CorruptionError, match="missing"):
+            again.compact()
+        assert len(again.put(random_records(1, SHAPE, "float32"))) == 1

@@ -186,3 +186,105 @@ def test_a_put_after_a_refused_one_uses_the_room_that_is_left(make):
         with pytest.raises(memodb.StoreFullError):
             db.put(np.zeros((100, *SHAPE), np.float32))
     assert db.put(np.zeros((32, *SHAPE), np.float32)).tolist() == list(range(32))
+
+
+DELETING_WHEN_FULL = """
+import sys, numpy as np, memodb
+
+path = sys.argv[1] + "/store"
+db = memodb.MemoDB.create(path, shape=(16, 16), dtype="float32", key_dim=16)
+values = np.ones((64, 16, 16), np.float32)
+try:
+    while True:
+        db.put(values, np.zeros((64, 16), np.float32))
+except memodb.StoreFullError:
+    pass
+n = len(db)
+assert n > 10_000, n
+for ids in (db.ids()[::2], db.ids()[1::2]):
+    while len(ids):
+        try:
+            db.delete(ids)
+            break
+        except memodb.StoreFullError as error:  # all or none: then fewer at once
+            assert "fewer" in str(error), error
+            few = ids[: max(1, len(ids) // 16)]
+            db.delete(few)
+            ids = ids[len(few) :]
+assert len(db) == 0
+db.compact()
+assert len(db.put(values, np.zeros((64, 16), np.float32))) == 64
+assert db.verify() == []
+print("ok")
+"""
+
+
+def test_deleting_on_a_full_file_system(disk):
+    """Small records, a large catalog: LMDB calls its short write an I/O error."""
+    wrapper = small_tmpfs(disk, 48)
+    assert run_program(disk, DELETING_WHEN_FULL, disk / "small", wrapper=wrapper) == "ok\n"
+
+
+def test_every_other_record_of_a_full_store_can_be_given_back(disk):
+    """Segments are small where the room is, so compaction finds the room for one of them."""
+    program = """
+import os, sys, numpy as np, memodb
+value = np.ones((1, 64, 1024), np.float32)
+path = sys.argv[1]
+os.posix_fallocate(os.open(path + "/other", os.O_RDWR | os.O_CREAT), 0, 2 << 20)
+with memodb.MemoDB.create(path + "/store", shape=(64, 1024), dtype="float32") as db:
+    try:
+        while True:
+            db.put(value)
+    except memodb.StoreFullError:
+        pass
+    n = len(db)
+    db.delete(range(0, n, 2))
+    os.unlink(path + "/other")
+    assert db.compact() > n * value.nbytes // 3
+    for _ in range(n // 3):
+        db.put(value)
+    assert db.verify() == []
+print("ok")
+"""
+    wrapper = small_tmpfs(disk, 64)
+    assert run_program(disk, program, disk / "small", wrapper=wrapper) == "ok\n"
+
+
+def test_small_segments_take_no_more_than_their_records(make, path):
+    """A page a segment, on any file system: not a huge page each."""
+    db = make(shape=(1024,), dtype="float32", segment_bytes=4096)
+    values = np.arange(300 * 1024, dtype=np.float32).reshape(300, 1024)
+    db.put(values)
+    assert db.stats()["bytes_on_store"] == 300 * 4096
+    assert sum(f.stat().st_blocks * 512 for f in path.rglob("*.seg")) == 300 * 4096
+    assert_same_bytes(db.multiget(range(299, -1, -1)), values[::-1])
+
+
+def test_a_small_limit_holds_small_records(make):
+    db = make(shape=(16,), dtype="float32", max_bytes=2 * MIB)
+    db.put(np.zeros((100, 16), np.float32))
+    assert len(db) == 100
+
+
+def test_too_few_descriptors_are_an_error_with_a_remedy(disk):
+    """One descriptor a segment: RLIMIT_NOFILE refuses by name, and the handle writes on when it may again."""
+    program = """
+import resource, sys, numpy as np, memodb
+values = np.arange(200 * 1024, dtype=np.float32).reshape(200, 1024)
+hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+with memodb.MemoDB.create(sys.argv[1] + "/store", shape=(1024,), dtype="float32", segment_bytes=4096) as db:
+    ids = db.put(values[:20])
+    resource.setrlimit(resource.RLIMIT_NOFILE, (64, hard))
+    try:
+        db.put(values)
+    except memodb.MemoDBError as error:
+        assert "ulimit" in str(error), error
+    else:
+        raise AssertionError("200 segments in 64 descriptors")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    more = db.put(values)
+    assert np.array_equal(db.multiget(more), values) and db.verify() == []
+print("ok")
+"""
+    assert run_program(disk, program, disk) == "ok\n"

@@ -343,3 +343,78 @@ def test_a_pickled_store_refuses_what_is_gone(make, path, shm):
     path.rename(shm / "elsewhere")
     with pytest.raises(memodb.StoreNotFoundError):
         pickle.loads(data)
+
+
+def test_a_backup_made_by_the_writer_loses_it_nothing(path, peer, make, folder):
+    """Any descriptor of the lock file that the writer's process closes would drop a POSIX record lock."""
+    import shutil
+
+    db = make()
+    ids = db.put(values_of(2, 0))
+    shutil.copytree(path, folder / "backup")
+    refused = peer().ask("open", path=str(path), mode="r+")
+    assert refused["error"] == "WriterLockedError"
+    assert db.put(values_of(1, 1)).tolist() == [2]
+    with memodb.MemoDB.open(folder / "backup") as backup:
+        assert checksum(backup.multiget(ids)) == checksum(values_of(2, 0))
+
+
+def test_a_forked_child_does_not_hold_the_lock_of_a_killed_writer(folder):
+    program = """
+import os, signal, sys, memodb
+path = sys.argv[1] + "/store"
+memodb.MemoDB.create(path, shape=(4,), dtype="float32").close()
+ready, told = os.pipe()
+over, end = os.pipe()
+writer = os.fork()
+if writer == 0:
+    db = memodb.MemoDB.open(path, mode="r+")
+    if os.fork() == 0:  # this one outlives the writer
+        os.close(end)
+        os.write(told, b"x")
+        os.read(over, 1)
+        os._exit(0)
+    signal.pause()
+os.read(ready, 1)
+try:
+    memodb.MemoDB.open(path, mode="r+")
+except memodb.WriterLockedError as error:
+    assert str(writer) in str(error), error
+else:
+    raise AssertionError("two writers")
+os.kill(writer, signal.SIGKILL)
+os.waitpid(writer, 0)
+memodb.MemoDB.open(path, mode="r+").close()
+os.close(end)
+print("ok")
+"""
+    assert run_program(folder, program, folder) == "ok\n"
+
+
+def test_closing_while_others_read_is_a_closed_error(make):
+    """Threads under way get the contract's error, whatever they were in the middle of."""
+    import threading
+
+    db = make(key_dim=2)
+    ids = db.put(values_of(8, 0), np.zeros((8, 2), np.float32))
+    started, wrong = threading.Barrier(5), []
+
+    def read():
+        started.wait()
+        try:
+            while True:
+                db.multiget(ids)
+                db.search(np.zeros((1, 2), np.float32))
+        except memodb.ClosedError:
+            return
+        except BaseException as error:
+            wrong.append(error)
+
+    threads = [threading.Thread(target=read) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    started.wait()
+    db.close()
+    for thread in threads:
+        thread.join()
+    assert wrong == []

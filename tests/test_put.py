@@ -177,3 +177,37 @@ def test_many_batches_of_many_sizes(make):
     with db.multiget_mapped(ids[wanted]) as batch:
         assert_same_bytes(batch.numpy(), values[wanted])
     assert db.verify() == []
+
+
+WRITTEN_AS_LISTS = {
+    "int32": ([[1.7, 2.0]], [[2**31, 0]], [[None, 1]], [["1", "2"]], [[1j, 0]]),
+    "uint8": ([[-1, 0]], [[256, 0]]),
+    "bool": ([[2, 0]], [[0.5, 1]]),
+    "float16": ([[1e6, 0]], [["1", "nan"]], [[1j, 0]]),
+    "float32": ([[1e300, 0]], [[None, 1]]),
+    "bfloat16": ([[1e300, 0]],),
+}
+
+
+@pytest.mark.parametrize(
+    ("dtype", "values"), [(dtype, values) for dtype, cases in WRITTEN_AS_LISTS.items() for values in cases], ids=str
+)
+def test_numbers_written_as_lists_do_not_change(make, dtype, values):
+    db = make(shape=(2,), dtype=dtype)
+    with pytest.raises(memodb.InvalidRecordError):
+        db.put(values)
+    assert len(db) == 0
+
+
+@pytest.mark.parametrize("dtype", ["bool", "int8", "uint64", "float16", "bfloat16", "complex64"])
+def test_numbers_written_as_lists_are_stored(make, dtype):
+    db = make(shape=(2,), dtype=dtype)
+    ids = db.put([[1, 0], [True, False]])
+    assert db.multiget(ids).astype(np.complex64).tolist() == [[1, 0], [1, 0]]
+
+
+def test_a_masked_array_is_refused(make):
+    db = make()
+    with pytest.raises(memodb.InvalidRecordError, match="mask"):
+        db.put(np.ma.masked_array(VALUES, VALUES > 0))
+    assert len(db) == 0

@@ -299,3 +299,32 @@ def test_a_saved_index_that_knows_too_much_is_built_again(store, path):
         found = db.search(keys[PERSISTED : PERSISTED + 14], k=3)
         assert (found.ids >= 0).all()
         assert (found.ids < PERSISTED + 4).all()
+
+
+@pytest.mark.parametrize(
+    "factory",
+    ["HNSW0", "HNSW1", "IVF0,Flat", "IDMap,Flat", "NSG32", "L2norm,Flat", "LSH", "ITQ4,LSH", "Flat," * 500, "nothing"],
+    ids=lambda factory: factory[:20],
+)
+def test_a_factory_that_cannot_serve_is_refused_by_name(path, make, factory):
+    """Some of these kill the process at their first search, some measure another distance."""
+    with pytest.raises(memodb.InvalidOptionError) as caught:
+        memodb.MemoDB.create(path, shape=(2, 1024), dtype="float32", key_dim=8, index=factory)
+    assert len(str(caught.value)) < 400
+    assert not path.exists()
+    db = make(key_dim=8)
+    with pytest.raises(memodb.InvalidOptionError):
+        db.reindex(factory)
+    assert db.index_factory == "auto"
+
+
+def test_keys_whose_distances_would_overflow_are_refused(make):
+    db = make(key_dim=4)
+    with pytest.raises(memodb.InvalidKeyError, match="too large: row 1"):
+        db.put(np.zeros((2, 2, 1024), np.float32), np.array([[0] * 4, [1e20] * 4]))
+    assert len(db) == 0
+    far = np.float32(9e18)
+    ids = db.put(np.zeros((2, 2, 1024), np.float32), np.diag([far] * 4)[:2])
+    found = db.search(-np.diag([far] * 4)[:2], 2)
+    assert sorted(found.ids[0].tolist()) == ids.tolist()
+    assert np.isfinite(found.distances).all()

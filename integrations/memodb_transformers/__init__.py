@@ -11,6 +11,14 @@ a similar sequence was seen before::
         print(memo.stats()["memoization_rate"])
 """
 
+try:
+    import torch as _torch  # noqa: F401
+    import transformers as _transformers  # noqa: F401
+except ModuleNotFoundError as _error:
+    raise ModuleNotFoundError(
+        f'memodb_transformers needs torch and transformers ({_error}): pip install "memodb[transformers]"'
+    ) from _error
+
 from .embedding import Embedder, RandomProjection
 from .errors import InvalidBatchError, MemoizationActiveError, StoreMismatchError, UnsupportedModelError
 from .evaluation import EvaluationReport, evaluate

@@ -166,16 +166,23 @@ def resolve_thresholds(
     count = store.card.layers
     if level not in LEVELS:
         raise ValueError(f"expected level to be one of {', '.join(LEVELS)}; found {level!r}")
-    if threshold is not None and not threshold >= 0:
+    number = isinstance(threshold, (int, float)) and not isinstance(threshold, bool)
+    if threshold is not None and not (number and threshold >= 0):
         raise ValueError(f"expected threshold to be a squared distance of at least 0; found {threshold!r}")
     if isinstance(layers, str):
         if layers not in ("profiled", "all"):
             raise ValueError(f"expected layers to be 'profiled', 'all' or a list of numbers; found {layers!r}")
         wanted = list(range(count))
     else:
-        wanted = sorted(set(layers))
+        try:
+            wanted = list(set(layers))
+        except TypeError:
+            raise ValueError(
+                f"expected layers to be 'profiled', 'all' or a list of numbers; found {layers!r}"
+            ) from None
         if any(isinstance(layer, bool) or not isinstance(layer, int) or not 0 <= layer < count for layer in wanted):
             raise ValueError(f"expected layers numbered 0 to {count - 1}; found {list(layers)}")
+        wanted.sort()
     report = ProfileReport.from_dict(store.profile, store.path) if store.profile is not None else None
     if report is None and (threshold is None or layers == "profiled"):
         raise StoreMismatchError(

@@ -33,13 +33,22 @@ _SUFFIX = ".seg"
 _NEXT = struct.Struct("<Q")
 
 
+def _segment_bytes(spec: RecordSpec, room: int) -> int:
+    """Return the default of the option: whole huge pages, unless the store is so small that those would waste it."""
+    wanted = max(min(room // 32, 1 << 30), room // 256)
+    wanted = vm.round_up(wanted, vm.HUGE) if wanted >= vm.HUGE else max(wanted // vm.PAGE * vm.PAGE, vm.PAGE)
+    return min(max(wanted, spec.nbytes), 1 << 40)
+
+
 class ArenaBackend(ValueBackend):
     """Segment files in one directory, on any file system.
 
     Options (of ``MemoDB.create``)
     ------------------------------
     segment_bytes : int
-        Size that a segment grows to (default 1 GiB); compaction works on one segment at a time.
+        Size that a segment grows to; at least one record. Compaction works on one segment at a time and needs room for
+        what lives in it. Default: a 32nd of the room that the store has, 1 GiB at most; beyond 256 GiB of room, a
+        256th of it, so that a large store needs no more than a few hundred descriptors.
     durability : {"full", "relaxed"}
         "full" (default): a put that returned survives a power cut on a disk file system (fdatasync before the commit).
         "relaxed": record bytes reach the disk when the kernel likes; after a power cut `verify` names the records that
@@ -54,7 +63,8 @@ class ArenaBackend(ValueBackend):
     def __init__(self, path: Path, spec: RecordSpec, options: Mapping[str, Any], *, writable: bool) -> None:
         super().__init__(path, spec, options, writable=writable)
         self._slots = min(max(options["segment_bytes"] // spec.nbytes, 1), int(_SLOT_MASK))
-        self._capacity = vm.round_up(self._slots * spec.nbytes, vm.HUGE)
+        self._full = vm.round_up(self._slots * spec.nbytes, vm.PAGE)
+        self._capacity = vm.round_up(self._full, vm.HUGE)
         self._table = np.zeros(0, _ENTRY)
         self._next = 1
         self._open: dict[int, SegmentFile] = {}
@@ -66,16 +76,16 @@ class ArenaBackend(ValueBackend):
         self.filesystem, self._in_memory = vm.filesystem(path)
 
     @classmethod
-    def check_options(cls, options: Mapping[str, Any], spec: RecordSpec) -> dict[str, Any]:
+    def check_options(cls, options: Mapping[str, Any], spec: RecordSpec, *, room: int) -> dict[str, Any]:
         """Return the options to persist, defaults filled in (see `ValueBackend.check_options`)."""
         return take_options(
             cls.name,
             options,
             {
                 "segment_bytes": (
-                    1 << 30,
+                    _segment_bytes(spec, room),
                     lambda v: type(v) is int and 4096 <= v <= 1 << 40,
-                    "an int, 4096 to 2**40 bytes",
+                    "an int, 4096 to 2**40 (bytes)",
                 ),
                 "durability": ("full", lambda v: v in ("full", "relaxed"), '"full" or "relaxed"'),
                 "huge_pages": (True, lambda v: isinstance(v, bool), "True or False"),
@@ -97,6 +107,7 @@ class ArenaBackend(ValueBackend):
                 used * self.spec.nbytes,
                 values[done : done + n],
                 int(entry["allocated"]),
+                self._full,
                 in_memory=self._in_memory,
                 huge=self.options["huge_pages"],
             )
@@ -111,16 +122,21 @@ class ArenaBackend(ValueBackend):
 
     def append_bytes(self, n: int) -> int:
         """Return how many bytes `n` more records would allocate, rounding to huge pages included."""
-        room, free = 0, 0
+        room = free = allocated = 0
         if len(self._table) and not self._table[-1]["sealed"]:
             last = self._table[-1]
+            allocated = int(last["allocated"])
             room = self._slots - int(last["used"])
-            free = int(last["allocated"]) - int(last["used"]) * self.spec.nbytes
+            free = allocated - int(last["used"]) * self.spec.nbytes
         if n <= room:
-            return int(max(0, vm.round_up(n * self.spec.nbytes - free, vm.HUGE)))
-        full, rest = divmod(n - room, self._slots)
-        tail = int(max(0, vm.round_up(room * self.spec.nbytes - free, vm.HUGE)))
-        return int(tail + full * self._capacity + vm.round_up(rest * self.spec.nbytes, vm.HUGE))
+            return self._allocation(n * self.spec.nbytes - free, allocated)
+        full, rest = divmod(n - room, int(self._slots))
+        tail = self._allocation(room * self.spec.nbytes - free, allocated)
+        return tail + full * self._full + self._allocation(rest * self.spec.nbytes, 0)
+
+    def _allocation(self, wanted: int, allocated: int) -> int:
+        """Return by how much a segment of `allocated` bytes grows to hold `wanted` more."""
+        return max(0, min(vm.round_up(wanted, vm.HUGE), int(self._full) - allocated))
 
     def _tail(self) -> Any:
         if len(self._table) and self._table[-1]["used"] < self._slots and not self._table[-1]["sealed"]:
@@ -231,7 +247,8 @@ class ArenaBackend(ValueBackend):
             if len(members) < entry["used"]:
                 entry["sealed"] = 1
                 found.append(Victim(int(entry["number"]), members))
-        return found
+        # The emptiest first: on a full file system each makes room for the next.
+        return sorted(found, key=lambda victim: len(victim.members))
 
     def rewrite(self, token: int, locators: Locators) -> Locators:
         """Append a segment's live records to the unsealed end (see `ValueBackend.rewrite`)."""

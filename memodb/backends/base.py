@@ -79,8 +79,17 @@ class ValueBackend(ABC):
         self.writable = writable
 
     @classmethod
-    def check_options(cls, options: Mapping[str, Any], spec: RecordSpec) -> dict[str, Any]:
+    def check_options(cls, options: Mapping[str, Any], spec: RecordSpec, *, room: int) -> dict[str, Any]:
         """Return the options to persist, defaults filled in.
+
+        Parameters
+        ----------
+        options
+            What the caller of ``MemoDB.create`` gave.
+        spec
+            Shape and dtype of the records.
+        room
+            Bytes that the store may grow to: the size of its file system, or ``max_bytes`` where that is less.
 
         Raises
         ------

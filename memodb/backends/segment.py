@@ -52,15 +52,26 @@ class SegmentFile:
                 f"segment {path} cannot be opened: {error.strerror}; ask its owner for access"
             ) from error
         except OSError as error:
-            if error.errno == errno.ENOSPC:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise StoreFullError(f"no room for a new segment {path}: {error.strerror}; free space there") from error
+            if error.errno in (errno.EMFILE, errno.ENFILE):
+                raise StoreAccessError(
+                    f"segment {path} cannot be opened: {error.strerror}; a store holds one descriptor a segment: raise "
+                    "the limit (ulimit -n), or copy the store with larger segment_bytes"
+                ) from error
             raise
-        address = vm.reserve(capacity)
         try:
-            vm.map_shared(address, capacity, self.fd, 0)
-        except OSError:
-            vm.unmap(address, capacity)
-            raise
+            address = vm.reserve(capacity)
+            try:
+                vm.map_shared(address, capacity, self.fd, 0)
+            except OSError:
+                vm.unmap(address, capacity)
+                raise
+        except OSError as error:
+            raise StoreFullError(
+                f"no room in this process's address space for segment {path} ({capacity} bytes): {error}; raise the "
+                "limit (RLIMIT_AS, vm.max_map_count), or copy the store with smaller segment_bytes"
+            ) from error
         self.address = address
 
     def __del__(self) -> None:
@@ -92,9 +103,9 @@ class SegmentFile:
             )
 
     def write(
-        self, offset: int, values: np.ndarray[Any, Any], allocated: int, *, in_memory: bool, huge: bool
+        self, offset: int, values: np.ndarray[Any, Any], allocated: int, full: int, *, in_memory: bool, huge: bool
     ) -> tuple[int, int]:
-        """Write `values` (any strides) at `offset`, allocating beyond `allocated` first.
+        """Write `values` (any strides) at `offset`, allocating beyond `allocated` first, up to `full` at most.
 
         Returns
         -------
@@ -107,7 +118,7 @@ class SegmentFile:
             If the file system cannot hold them.
         """
         end = offset + values.nbytes
-        wanted = max(allocated, vm.round_up(end, vm.HUGE))
+        wanted = max(allocated, min(vm.round_up(end, vm.HUGE), full))
         try:
             if in_memory:
                 return wanted, self._write_mapped(offset, end, values, allocated, wanted, huge=huge)
@@ -161,11 +172,15 @@ class SegmentFile:
         if huge:
             # One byte in each huge page (through the descriptor: a touch of the mapping is SIGBUS on a full tmpfs)
             # lets the kernel fill the hole around it with one huge page; a range that is all hole it refuses.
-            for page in range(start, stop, vm.HUGE):
+            whole = range(start, stop - vm.HUGE + 1, vm.HUGE)
+            for page in whole:
                 os.pwrite(self.fd, b"\0", page)
-            if vm.collapse(base + start, stop - start):
-                return stop - start
-            gained = sum(vm.HUGE for page in range(start, stop, vm.HUGE) if vm.collapse(base + page, vm.HUGE))
+            if whole and vm.collapse(base + start, len(whole) * vm.HUGE):
+                gained = len(whole) * vm.HUGE
+            else:
+                gained = sum(vm.HUGE for page in whole if vm.collapse(base + page, vm.HUGE))
+        if gained == stop - start:
+            return gained
         os.posix_fallocate(self.fd, start, stop - start)
         return gained
 

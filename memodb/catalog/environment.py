@@ -16,15 +16,25 @@ from typing import ClassVar
 
 import lmdb
 
-from memodb.errors import CorruptionError, MemoDBError, StoreAccessError, StoreFullError, StoreNotFoundError
+from memodb.errors import (
+    ClosedError,
+    CorruptionError,
+    FormatVersionError,
+    MemoDBError,
+    StoreAccessError,
+    StoreFullError,
+    StoreNotFoundError,
+)
 
 #: Address space reserved for the catalog; the file itself only grows with what is put. Halved until the system grants
 #: it.
 _MAP_SIZE = 1 << 40
 _MIN_MAP_SIZE = 1 << 28
 _MAX_READERS = 4096
-#: Bytes that the file is kept longer than its pages, allocated.
-_SPARE = 256 << 10
+#: Bytes that the file is kept longer than its pages, allocated: so many, or the eighth part of it.
+_SPARE, _SPARE_PART = 256 << 10, 8
+#: LMDB calls a short write an I/O error; with less room than this on the file system it was one.
+_NO_ROOM = 16 << 20
 TABLES = ("meta", "blocks", "names", "counts", "journal")
 
 
@@ -34,7 +44,7 @@ def translated(path: Path) -> Iterator[None]:
     try:
         yield
     except (lmdb.MapFullError, lmdb.DiskError) as error:
-        raise StoreFullError(f"the catalog {path} cannot grow: {error}; free space on its file system") from error
+        raise _full(path, error) from error
     except (lmdb.CorruptedError, lmdb.PageNotFoundError, lmdb.InvalidError, lmdb.PanicError) as error:
         raise CorruptionError(f"the catalog {path} is damaged: {error}; restore it from a copy") from error
     except lmdb.NotFoundError as error:
@@ -44,11 +54,30 @@ def translated(path: Path) -> Iterator[None]:
     except lmdb.ReadersFullError as error:
         raise MemoDBError(f"more than {_MAX_READERS} readers are in the catalog {path} at once: {error}") from error
     except lmdb.Error as error:
-        if "No space left" in str(error):
-            raise StoreFullError(f"the catalog {path} cannot grow: {error}; free space on its file system") from error
+        if "No space left" in str(error) or ("Input/output error" in str(error) and _no_room(path)):
+            raise _full(path, error) from error
         if "Permission denied" in str(error) or "Read-only file system" in str(error):
-            raise StoreAccessError(f"the catalog {path} cannot be opened: {error}; ask its owner for access") from error
+            raise StoreAccessError(
+                f"the catalog {path} cannot be opened: {error}; ask its owner for access (readers too must be able to "
+                f"write {path / 'lock.mdb'}, where they enter themselves)"
+            ) from error
+        if "MDB_VERSION_MISMATCH" in str(error) or isinstance(error, lmdb.VersionMismatchError):
+            raise FormatVersionError(
+                f"the catalog {path} was written by another version of LMDB: {error}; copy the store with the memodb "
+                "that wrote it"
+            ) from error
         raise MemoDBError(f"the catalog {path} cannot be used: {error}") from error
+
+
+def _full(path: Path, error: Exception) -> StoreFullError:
+    return StoreFullError(
+        f"the catalog {path} cannot grow: {error}; free space on its file system, or delete fewer records at once"
+    )
+
+
+def _no_room(path: Path) -> bool:
+    room = os.statvfs(path)
+    return room.f_bavail * room.f_frsize < _NO_ROOM
 
 
 class Environment:
@@ -164,12 +193,13 @@ class Environment:
     def _pad(self) -> None:
         # Two promises rest on the file being longer than its pages. Pages that a transaction took and freed again need
         # not have been written, so only a file that is surely long enough lets `_check_length` tell a truncated one.
-        # And on a full file system deleting must still be possible, which takes a few pages.
+        # And on a full file system deleting must still be possible, which rewrites pages before it frees any.
         needed, found = self._length()
-        if found < needed + _SPARE // 2:
+        spare = max(_SPARE, needed // _SPARE_PART)
+        if found < needed + spare // 2:
             with (self.path / "data.mdb").open("r+b") as file:
                 try:
-                    os.posix_fallocate(file.fileno(), found, needed + _SPARE - found)
+                    os.posix_fallocate(file.fileno(), found, needed + spare - found)
                 except OSError:
                     os.truncate(file.fileno(), max(found, needed))
 
@@ -190,7 +220,7 @@ class Environment:
         """The open environment of THIS process."""
         if self._env is None:
             if self._users == 0:
-                raise MemoDBError(f"the catalog {self.path} is closed")
+                raise ClosedError(f"the database {self.path.parent} is closed; open it again with MemoDB.open")
             with self._read_gate:
                 if self._env is None:
                     self._open(create=False)

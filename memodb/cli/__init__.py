@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     SystemExit
         With status 2 for arguments that cannot be parsed, with 0 after ``--help``.
     """
-    arguments = build_parser().parse_args(argv)
+    arguments = build_parser().parse_args(_joined(sys.argv[1:] if argv is None else argv))
     try:
         status: int = arguments.run(arguments)
         sys.stdout.flush()
@@ -60,6 +60,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (memodb.MemoDBError, OSError) as error:
         return _complain(error, PROBLEM)
     return status
+
+
+def _joined(argv: Sequence[str]) -> list[str]:
+    """Return the arguments with each key joined to its option: argparse takes ``--key -1,0`` for two options."""
+    joined: list[str] = []
+    for argument in argv:
+        if joined and joined[-1] == "--key":
+            joined[-1] = f"--key={argument}"
+        else:
+            joined.append(argument)
+    return joined
 
 
 def _complain(error: Exception, status: int) -> int:

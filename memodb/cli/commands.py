@@ -157,7 +157,7 @@ def _load_keys(path: str) -> np.ndarray[Any, Any]:
         # Never unpickle what somebody else wrote.
         loaded = np.load(path, allow_pickle=False)
     except ValueError as error:
-        raise memodb.InvalidKeyError(f"{path}: not a numpy file of keys ({error})") from error
+        raise memodb.InvalidKeyError(f"{path}: not a numpy file of plain numbers, as np.save writes it") from error
     if not isinstance(loaded, np.ndarray):
         raise memodb.InvalidKeyError(f"{path}: expected one array (.npy), found an archive")
     return loaded

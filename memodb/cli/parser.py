@@ -77,7 +77,7 @@ def build_parser() -> argparse.ArgumentParser:
         return made
 
     create = command("create", commands.create, "Make an empty store.")
-    create.add_argument("path", help="folder of the store; must not exist")
+    create.add_argument("path", help="folder of the store; must not exist, or be empty")
     create.add_argument("--shape", type=shape, required=True, help="shape of one record, e.g. 12x512x512")
     create.add_argument("--dtype", required=True, help="dtype of the records, e.g. float16 or bfloat16")
     create.add_argument("--key-dim", type=positive, metavar="N", help="width of the keys (default: no keys, no search)")

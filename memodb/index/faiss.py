@@ -14,7 +14,6 @@ from typing import Any
 import faiss as _faiss
 import numpy as np
 
-from memodb.errors import InvalidOptionError
 from memodb.index.base import Distances, Ids, Keys, VectorIndex
 
 # Its stubs know a part of its names only.
@@ -28,30 +27,6 @@ _EF_CONSTRUCTION = 80
 _HEAD = struct.Struct("<QQI")
 #: faiss' own advice for k-means: training points per centroid.
 _POINTS_PER_CENTROID = 39
-
-
-def check_factory(factory: str, key_dim: int) -> str:
-    """Return `factory` if faiss can build it for keys of that width.
-
-    Raises
-    ------
-    InvalidOptionError
-        With faiss' own words if it cannot.
-    """
-    if factory == "auto":
-        return factory
-    if not isinstance(factory, str):
-        raise InvalidOptionError(f"index must be a faiss factory string or 'auto', found {factory!r}")
-    try:
-        index = faiss.index_factory(key_dim, factory)
-    except RuntimeError as error:
-        reason = str(error).strip().splitlines()[-1]
-        raise InvalidOptionError(
-            f"faiss cannot build index {factory!r} for keys of width {key_dim}: {reason}"
-        ) from error
-    if index.metric_type != faiss.METRIC_L2:
-        raise InvalidOptionError(f"index {factory!r} does not measure squared L2, which memodb's distances are")
-    return factory
 
 
 class FaissIndex(VectorIndex):

@@ -11,14 +11,14 @@ import logging
 import os
 import struct
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
 from memodb.checksum import crc32c
-from memodb.errors import CorruptionError
+from memodb.errors import CorruptionError, InvalidOptionError
 from memodb.index.base import Distances, Ids, Keys, VectorIndex
 
 log = logging.getLogger(__name__)
@@ -108,8 +108,20 @@ class IndexSet:
 
     def search(self, number: int, keys: Keys, k: int) -> tuple[Ids, Distances]:
         """Search one namespace (see `VectorIndex.search`), knowing everything committed when the search began."""
-        with self._lock:
+        with self._lock, self._translated():
             return self._current(number).search(keys, k)
+
+    @contextlib.contextmanager
+    def _translated(self) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as error:
+            from memodb.index.factory import reason
+
+            raise InvalidOptionError(
+                f"index {self._factory!r} of {self._path.parent} cannot serve these keys: {reason(error)}; "
+                "choose another with reindex(index=...)"
+            ) from error
 
     def _current(self, number: int) -> VectorIndex:
         transaction = self._source.transaction()
@@ -233,7 +245,13 @@ class IndexSet:
         with self._lock:
             for number, count in list(self._grown.items()):
                 if count >= large or number in self._indexes or self._file(number).exists():
-                    index = self._current(number)
+                    if count >= large:
+                        log.info("bringing the index of namespace %d up to date (%d new keys)", number, count)
+                    try:
+                        index = self._current(number)
+                    except RuntimeError as error:  # faiss cannot: the next search says so, closing must not fail
+                        log.warning("index of namespace %d could not be built: %s", number, error)
+                        continue
                     if index.worth_saving and number in self._grown:
                         self._save(number, index)
 
@@ -247,8 +265,9 @@ class IndexSet:
             self._distrusted.clear()
             for file in self._path.glob("*.index"):
                 file.unlink(missing_ok=True)
-            for number in numbers:
-                self._current(number)
+            with self._translated():
+                for number in numbers:
+                    self._current(number)
 
     def loaded(self) -> int:
         """Return how many namespaces' indexes are in memory."""
