@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+import threading
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -20,16 +21,21 @@ class Counters:
     bytes_copied: int = 0
     searches: int = 0
     keys_searched: int = 0
+    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
     _hits: np.ndarray[Any, np.dtype[np.uint32]] = field(default_factory=lambda: np.zeros(0, np.uint32), repr=False)
 
     def gathered(self, ids: np.ndarray[Any, np.dtype[np.int64]], nbytes: int, *, mapped: bool) -> None:
         """Count one gather of `ids` with `nbytes` in all."""
-        self.gathers += 1
-        self.records_gathered += len(ids)
-        if mapped:
-            self.bytes_mapped += nbytes
-        else:
-            self.bytes_copied += nbytes
+        with self._lock:
+            self.gathers += 1
+            self.records_gathered += len(ids)
+            if mapped:
+                self.bytes_mapped += nbytes
+            else:
+                self.bytes_copied += nbytes
+            self._count_hits(ids)
+
+    def _count_hits(self, ids: np.ndarray[Any, np.dtype[np.int64]]) -> None:
         if len(ids):
             top = int(ids.max())
             if top >= len(self._hits):
@@ -40,14 +46,9 @@ class Counters:
                 self._hits = grown
             np.add.at(self._hits, ids, 1)
 
-    def hits(self, ids: np.ndarray[Any, np.dtype[np.int64]]) -> np.ndarray[Any, np.dtype[np.uint32]]:
-        """Return how often each of `ids` was gathered."""
-        known = ids < len(self._hits)
-        return np.where(known, self._hits[np.where(known, ids, 0)] if len(self._hits) else 0, 0).astype(np.uint32)
-
     def to_dict(self) -> dict[str, Any]:
         """Return the counts, and a summary of hits per record."""
-        counts = {name: value for name, value in asdict(self).items() if not name.startswith("_")}
+        counts: dict[str, Any] = {name: value for name, value in vars(self).items() if not name.startswith("_")}
         hits = self._hits[self._hits > 0]
         counts["hits_per_record"] = {
             "records_hit": len(hits),

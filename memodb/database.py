@@ -246,7 +246,7 @@ class MemoDB(Handle):
         if limit is None:
             return
         used = self._backend.usage().bytes_on_store + self._catalog.usage()
-        more = self._backend.append_bytes(n)
+        more = self._backend.append_bytes(n) + self._catalog.growth(n)
         if used + more > limit:
             raise StoreFullError(
                 f"{n} records need {more} more bytes; {self._path} holds {used} of max_bytes={limit}; delete "
@@ -333,11 +333,13 @@ class MemoDB(Handle):
         with self._lock:
             numbers = self._catalog.namespaces()
             large = [name for name, count in numbers.items() if count > INDEX_AT_CLOSE]
+            old = self.index_factory
+            self._catalog.change_settings(index=factory)
             try:
                 self._indexes.rebuild(factory, [n for n in self._catalog.namespace_numbers(large) if n is not None])
-                self._catalog.change_settings(index=factory)
             except BaseException:
-                self._indexes.rebuild(self.index_factory, [])
+                self._catalog.change_settings(index=old)
+                self._indexes.rebuild(old, [])
                 raise
 
     # --- reading ---
@@ -471,13 +473,14 @@ class MemoDB(Handle):
         numbers = self._catalog.namespace_numbers(names)
         while True:
             seen = self._catalog.transaction()
+            before = self._indexes.distrusted()
             ids, distances = self._search(wanted, k, numbers, rows)
             dead = ((ids >= 0) & ~self._catalog.is_live(np.maximum(ids, 0).reshape(-1)).reshape(ids.shape)).any(axis=1)
             if not dead.any():
                 break
             # Somebody deleted meanwhile, and the index learns of it at the next look; or else a saved index is wrong.
             if self._catalog.transaction() == seen:
-                self._indexes.distrust({n for n in np.array(numbers, object)[rows[dead]] if n is not None})
+                self._indexes.distrust({n for n in np.array(numbers, object)[rows[dead]] if n is not None}, before)
         far = distances > limit
         ids[far], distances[far] = -1, np.inf  # nearest first: what is left out stands last
         self._counters.searches += 1
@@ -493,7 +496,7 @@ class MemoDB(Handle):
     ) -> tuple[Ids, np.ndarray[Any, np.dtype[np.float32]]]:
         ids = np.full((len(wanted), k), -1, np.int64)
         distances = np.full((len(wanted), k), np.inf, np.float32)
-        for number, members in zip(numbers, arguments.grouped(rows, len(numbers)), strict=True):
+        for number, members in zip(numbers, arguments.grouped(rows, len(numbers)) if numbers else [], strict=True):
             if number is not None and len(members):
                 ids[members], distances[members] = self._indexes.search(number, wanted[members], k)
         return ids, distances

@@ -24,6 +24,13 @@ class SegmentView(Protocol):
     def page(self) -> int:
         """Bytes of the pages that it can be mapped in: 4 KiB, or more on a file system of larger ones (hugetlbfs)."""
 
+    @property
+    def in_memory(self) -> bool:
+        """Whether its bytes are memory, so that touching them cannot fail; others are copied by `read_into`."""
+
+    def read_into(self, offset: int, out: np.ndarray[Any, np.dtype[np.uint8]]) -> None:
+        """Copy bytes from `offset` on into `out`, C-contiguous; raise `CorruptionError` where they cannot be read."""
+
     def view(self, nbytes: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
         """Return the first `nbytes` of the file, read-only; raise `CorruptionError` if it is shorter."""
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import threading
 import weakref
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
@@ -16,7 +18,14 @@ from memodb.backends import registry
 from memodb.backends.base import SupportsExtents, ValueBackend
 from memodb.catalog import Catalog
 from memodb.counters import Counters
-from memodb.errors import ClosedError, CorruptionError, MemoDBError, ReadOnlyError
+from memodb.errors import (
+    ClosedError,
+    CorruptionError,
+    InvalidOptionError,
+    InvalidRecordError,
+    MemoDBError,
+    ReadOnlyError,
+)
 from memodb.gather.gather import Source, closed, forget_pages, opened
 from memodb.gather.prefetch import Prefetched
 from memodb.index.manager import IndexSet
@@ -48,6 +57,7 @@ class Handle:
         self._lock = threading.RLock()
         self._writer_lock = lock
         self._failed: Exception | None = None
+        self._unrestored = False
         self._closed = True
         self._counters = Counters()
         self._prefetched = Prefetched()
@@ -55,10 +65,7 @@ class Handle:
         self._catalog = Catalog(path / layout.CATALOG, create_with=settings)
         try:
             stored = self._catalog.settings
-            self._spec = RecordSpec.of(stored["shape"], stored["dtype"])
-            self._backend: ValueBackend = registry.load(stored["backend"])(
-                path / layout.VALUES, self._spec, stored["options"], writable=mode == "r+"
-            )
+            self._spec, self._backend = self._make_backend(stored)
             # Asked once: looking at a Protocol takes longer than the rest of a small gather.
             self._extents = self._backend.extents if isinstance(self._backend, SupportsExtents) else None
             if mode == "r+":
@@ -77,6 +84,22 @@ class Handle:
         self._closed = False
         opened()
         _HANDLES.add(self)
+
+    def _make_backend(self, stored: dict[str, Any]) -> tuple[RecordSpec, ValueBackend]:
+        values = self._path / layout.VALUES
+        try:
+            spec = RecordSpec.of(stored["shape"], stored["dtype"])
+            loaded = registry.load(stored["backend"])
+            options = loaded.check_options(stored["options"], spec, room=1 << 62)
+        except (KeyError, TypeError, InvalidOptionError, InvalidRecordError) as error:
+            raise CorruptionError(
+                f"the settings of {self._path} cannot be used ({error}): they are damaged, or another version of "
+                "memodb wrote them; restore the store from a copy"
+            ) from error
+        try:
+            return spec, loaded(values, spec, options, writable=self._mode == "r+")
+        except FileNotFoundError as error:
+            raise CorruptionError(f"{values} is missing ({error}); restore the store from a copy") from error
 
     def close(self) -> None:
         """Close the store (a writer saves its large indexes first).
@@ -158,7 +181,7 @@ class Handle:
     @property
     def index_factory(self) -> str:
         """The faiss factory string of the index, or "auto"."""
-        return str(self._catalog.settings["index"])
+        return self._catalog.index_factory()
 
     @property
     def closed(self) -> bool:
@@ -180,6 +203,14 @@ class Handle:
                 f"an earlier write to {self._path} failed in the device ({self._failed}), so nothing more is written "
                 "through this handle; check the device, then close and open the store"
             )
+        if self._unrestored:
+            self._restore()
+
+    def _restore(self) -> None:
+        """Let the backend go back to what the catalog says is committed."""
+        with self._lock:
+            self._backend.restore(self._catalog.backend_state()[1])
+            self._unrestored = False
 
     def _locate(self, ids: np.ndarray[Any, np.dtype[np.int64]]) -> Source:
         while True:
@@ -203,6 +234,10 @@ class Handle:
                     ) from error
 
 
+#: Errors of a full process, not of the device.
+_HARMLESS = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EINTR, errno.EAGAIN}
+
+
 class RestoringOnError:
     """Around a write: if it fails, the backend goes back to what the catalog says is committed."""
 
@@ -218,9 +253,11 @@ class RestoringOnError:
         db = self._db
         if error is None:
             return
-        if isinstance(error, OSError) and not isinstance(error, MemoDBError):
+        if isinstance(error, OSError) and not isinstance(error, MemoDBError) and error.errno not in _HARMLESS:
             db._failed = error  # after a failed fsync nobody knows what the device holds: never retried
-        db._backend.restore(db._catalog.backend_state()[1])
+        db._unrestored = True
+        with suppress(Exception):  # the first error is the one to see; the next write tries again
+            db._restore()
 
 
 _HANDLES: weakref.WeakSet[Handle] = weakref.WeakSet()

@@ -26,18 +26,34 @@ def claim(path: Path) -> WriterLock:
         If a store, or any file that is not a store's, lives there already.
     """
     exists = StoreExistsError(f"{path} exists already; open it with memodb.MemoDB.open, or choose another path")
-    if path.exists():
-        if not path.is_dir() or not {entry.name for entry in path.iterdir()} <= OURS:
-            raise exists
-        if _is_complete(path):
-            raise exists
+    if path.exists() and not (path.is_dir() and _is_cut_off(path)):
+        raise exists
+    missing = [folder for folder in path.parents if not folder.exists()]
     path.mkdir(parents=True, exist_ok=True)
+    for folder in missing:
+        _sync(folder.parent)
     lock = WriterLock(path / LOCK)
-    if _is_complete(path):
+    if not _is_cut_off(path):  # somebody else's creation came first
         lock.release()
         raise exists
     remove(path, keep=LOCK)
     return lock
+
+
+def _is_cut_off(path: Path) -> bool:
+    """Tell whether a folder holds nothing but what a creation that was cut off leaves: no record, no settings.
+
+    Whatever else is there is somebody's: a store that lost its catalog, for one, or files of the same names.
+    """
+    for entry in path.iterdir():
+        if entry.name == LOCK and entry.is_file() and not entry.is_symlink():
+            continue
+        if entry.name not in OURS or entry.is_symlink() or not entry.is_dir():
+            return False
+        inside = {file.name for file in entry.iterdir()}
+        if not inside <= ({"data.mdb", "lock.mdb"} if entry.name == CATALOG else set()):
+            return False
+    return not _is_complete(path)
 
 
 def _is_complete(path: Path) -> bool:
@@ -86,8 +102,12 @@ def room(path: Path, max_bytes: int | None) -> int:
 def sync(path: Path) -> None:
     """Make a new store's directories durable, its own entry in its parent included (fsync(2) of each directory)."""
     for directory in (path / CATALOG, path / VALUES, path, path.parent):
-        fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)
+        _sync(directory)
+
+
+def _sync(directory: Path) -> None:
+    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

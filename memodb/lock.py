@@ -38,6 +38,27 @@ os.register_at_fork(
 )
 
 
+def lock_bytes(fd: int, kind: int, start: int, length: int, *, of_process: bool = False) -> None:
+    """Lock a range of a file without waiting (F_OFD_SETLK, or F_SETLK where the lock is to be the process's).
+
+    Parameters
+    ----------
+    fd
+        Open for what `kind` needs.
+    kind
+        ``fcntl.F_RDLCK`` or ``fcntl.F_WRLCK``.
+    start, length
+        The range; length 0: to the end of the file.
+
+    Raises
+    ------
+    OSError
+        EAGAIN or EACCES if somebody else holds it.
+    """
+    command = fcntl.F_SETLK if of_process else fcntl.F_OFD_SETLK
+    fcntl.fcntl(fd, command, _FLOCK.pack(kind, os.SEEK_SET, start, length, 0))
+
+
 class WriterLock:
     """Held from construction to `release`.
 
@@ -61,7 +82,7 @@ class WriterLock:
                     f"{path} cannot be opened for writing: {error.strerror}; open the store with mode='r'"
                 ) from error
             try:
-                fcntl.fcntl(fd, fcntl.F_OFD_SETLK, _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0))
+                lock_bytes(fd, fcntl.F_WRLCK, 0, 0)
                 os.ftruncate(fd, 0)
                 os.pwrite(fd, f"{self._pid}\n".encode(), 0)
             except OSError as error:

@@ -12,7 +12,8 @@ class Problem:
     Parameters
     ----------
     kind
-        "checksum" (bytes changed), "segment" (bytes missing) or "keys" (a key damaged or missing).
+        "checksum" (bytes changed), "segment" (bytes missing), "keys" (a key damaged or missing) or "counts" (the
+        catalog contradicts itself).
     message
         What is wrong, where, and what to do.
     id

@@ -13,7 +13,7 @@ from memodb import arguments
 from memodb.catalog import LIVE
 from memodb.checksum import record_checksums
 from memodb.database import MemoDB
-from memodb.errors import CorruptionError, InvalidOptionError
+from memodb.errors import CorruptionError, InvalidOptionError, RecordNotFoundError
 
 _CHUNK_BYTES = 64 << 20
 
@@ -80,20 +80,34 @@ def _copy_records(src: MemoDB, dst: MemoDB, progress: Callable[[int, int], None]
     step = max(1, _CHUNK_BYTES // src.spec.nbytes)
     for start in range(0, len(ids), step):
         part = ids[start : start + step]
-        rows = src._catalog.rows(part)
-        live = rows["state"] == LIVE  # a writer elsewhere may have deleted some meanwhile
-        part, expected = part[live], rows["checksum"][live]
-        names, row_names = arguments.as_namespaces(src.namespace_of(part), len(part))
-        keys = None if src.key_dim is None else src.keys(part)
-        with src.multiget_mapped(part) as batch:
-            records = batch.numpy()
-            changed = part[record_checksums(records) != expected]
-            if len(changed):  # a copy gives new checksums: it must not give them to bytes that nobody put
-                raise CorruptionError(
-                    f"record {changed[0]} of {src.path} does not match its checksum ({len(changed)} such records); "
-                    "delete what verify() names, then copy"
-                )
-            dst._store(records, keys, names, row_names, part)
+        while not _copy_part(src, dst, part):
+            pass
         if progress is not None:
             progress(min(start + step, len(ids)), len(ids))
     dst._catalog.advance(max(next_id, int(np.max(ids, initial=-1)) + 1))
+
+
+def _copy_part(src: MemoDB, dst: MemoDB, ids: np.ndarray[Any, np.dtype[np.int64]]) -> bool:
+    """Copy what lives of `ids`; False if a writer elsewhere deleted some of that meanwhile, and nothing was copied."""
+    rows = src._catalog.rows(ids)
+    live = rows["state"] == LIVE
+    part, expected = ids[live], rows["checksum"][live]
+    try:
+        names, row_names = arguments.as_namespaces(src.namespace_of(part), len(part))
+        keys = None if src.key_dim is None else src.keys(part)
+        batch = src.multiget_mapped(part)
+    except (RecordNotFoundError, CorruptionError):
+        # Compaction takes the keys of the deleted away, which looks like a damaged key.
+        if src._catalog.is_live(part).all():
+            raise
+        return False
+    with batch:
+        records = batch.numpy()
+        changed = part[record_checksums(records) != expected]
+        if len(changed):  # a copy gives new checksums: it must not give them to bytes that nobody put
+            raise CorruptionError(
+                f"record {changed[0]} of {src.path} does not match its checksum ({len(changed)} such records); "
+                "delete what verify() names, then copy"
+            )
+        dst._store(records, keys, names, row_names, part)
+    return True

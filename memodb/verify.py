@@ -28,6 +28,7 @@ def verify(db: MemoDB, catalog: Catalog, progress: Callable[[int, int], None] | 
         problems += _check_records(db, ids[part], rows["checksum"][part])
         if progress is not None:
             progress(min(start + step, len(ids)), len(ids))
+    problems += _check_counts(catalog)
     if db.key_dim:
         problems += _check_keys(catalog, ids, rows)
     return problems
@@ -58,6 +59,19 @@ def _check_records(db: MemoDB, ids: np.ndarray[Any, Any], sums: np.ndarray[Any, 
                 )
             )
     return problems
+
+
+def _check_counts(catalog: Catalog) -> list[Problem]:
+    counted, in_namespaces, rows = catalog.count()
+    if counted == in_namespaces == rows:
+        return []
+    return [
+        Problem(
+            "counts",
+            f"{catalog.path} counts {counted} records, {in_namespaces} in its namespaces, and has rows of {rows}: "
+            "records were lost; restore the store from a copy",
+        )
+    ]
 
 
 def _check_keys(catalog: Catalog, ids: np.ndarray[Any, Any], rows: np.ndarray[Any, Any]) -> list[Problem]:

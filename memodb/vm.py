@@ -112,7 +112,7 @@ def allocate(nbytes: int) -> int:
         _mmap(address, nbytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0)
         _libc.madvise(address, nbytes, MADV_HUGEPAGE)  # advice only: refused where THP is off
         _populate(address, nbytes, MADV_POPULATE_WRITE)
-    except OSError:
+    except BaseException:  # an interrupt too: populating a large range takes a while
         unmap(address, nbytes)
         raise
     return address
@@ -127,6 +127,17 @@ def populate_read(address: int, nbytes: int) -> None:
         EFAULT or ENOMEM where a page cannot be had (a truncated file, a full tmpfs): what would be a SIGBUS later.
     """
     _populate(address, nbytes, MADV_POPULATE_READ)
+
+
+def populate_write(address: int, nbytes: int) -> None:
+    """Enter every page of the range into the page table, for writing (MADV_POPULATE_WRITE, Linux 5.14).
+
+    Raises
+    ------
+    OSError
+        As `populate_read`, for what would be a SIGBUS at a store.
+    """
+    _populate(address, nbytes, MADV_POPULATE_WRITE)
 
 
 def _populate(address: int, nbytes: int, advice: int) -> None:

@@ -167,3 +167,31 @@ def test_a_closed_handle_is_no_context(path, make):
     db.close()
     with pytest.raises(memodb.ClosedError), db:
         pass
+
+
+OTHERS = {
+    "a folder of the same name": "values/thesis.txt",
+    "records without a catalog": "values/00000001.seg",
+    "an index": "index/00000001.index",
+    "a file in the catalog's place": "catalog",
+    "something beside the catalog": "catalog/notes.txt",
+}
+
+
+@pytest.mark.parametrize("name", OTHERS.values(), ids=OTHERS)
+def test_create_never_removes_what_is_not_its_own(folder, name):
+    path = folder / "store"
+    (path / name).parent.mkdir(parents=True)
+    (path / name).write_text("precious")
+    with pytest.raises(memodb.StoreExistsError):
+        memodb.MemoDB.create(path, shape=(2,), dtype="float32")
+    assert (path / name).read_text() == "precious"
+
+
+def test_a_creation_that_was_cut_off_is_done_again(folder):
+    path = folder / "store"
+    (path / "catalog").mkdir(parents=True)
+    (path / "values").mkdir()
+    (path / "writer.lock").touch()
+    with memodb.MemoDB.create(path, shape=(2,), dtype="float32") as db:
+        assert db.put([[1, 2]]).tolist() == [0]

@@ -227,3 +227,43 @@ def test_dropping_a_store_without_closing_it(path):
     gc.collect()
     with memodb.MemoDB.open(path, mode="r+") as again:
         assert_same_bytes(again.multiget(ids), VALUES)
+
+
+def test_an_interrupt_in_a_gather_leaks_nothing(db, monkeypatch):
+    """Ctrl-C between two mappings: the range and its share of the budget come back."""
+    from memodb import vm
+
+    calls = 0
+
+    def interrupted(*arguments):
+        nonlocal calls
+        calls += 1
+        if calls % 7 == 0:
+            raise KeyboardInterrupt
+        return mapped(*arguments)
+
+    mapped = vm.map_private
+    db.multiget_mapped(range(0, 64, 2), strategy="map").release()
+    before, in_use = maps(), memodb.gather_limits()["mappings_in_use"]
+    monkeypatch.setattr(vm, "map_private", interrupted)
+    for _ in range(50):
+        with pytest.raises(KeyboardInterrupt):
+            db.multiget_mapped(range(0, 64, 2), strategy="map")
+    monkeypatch.undo()
+    assert maps() <= before + 3
+    assert memodb.gather_limits()["mappings_in_use"] == in_use
+
+
+def test_a_database_that_dies_inside_a_gather(path):
+    """A garbage collection may run anywhere, and close a database there."""
+    from memodb.gather.window import POOL
+
+    db = memodb.MemoDB.create(path, shape=SHAPE, dtype="float32")
+    ids = db.put(VALUES)
+    cycle = [memodb.MemoDB.open(path)]
+    cycle.append(cycle)
+    del cycle
+    with POOL._lock:
+        gc.collect()
+    assert_same_bytes(db.multiget_mapped(ids).numpy(), VALUES)
+    db.close()

@@ -418,3 +418,115 @@ def test_closing_while_others_read_is_a_closed_error(make):
     for thread in threads:
         thread.join()
     assert wrong == []
+
+
+def locks_on(file):
+    """Return the kinds of locks held on a file."""
+    number = os.stat(file).st_ino
+    with open("/proc/locks") as locks:
+        return {line.split()[1] + " " + line.split()[3] for line in locks if f":{number} " in line}
+
+
+@pytest.mark.parametrize("made", ["created", "opened", "backed up"])
+def test_the_catalog_s_presence_is_locked_as_long_as_it_is_open(path, made, make, folder):
+    """Without LMDB's locks the next process to open it starts the lock table over under a live writer."""
+    import shutil
+
+    db = make()
+    if made == "opened":
+        db.close()
+        db = memodb.MemoDB.open(path, mode="r+")
+    if made == "backed up":
+        shutil.copytree(path, folder / "backup")
+    assert db.put(values_of(1, 0)).tolist() == db.ids().tolist()
+    held = locks_on(path / "catalog" / "lock.mdb")
+    assert "POSIX WRITE" in held, "the reader's lock"
+    assert held & {"POSIX READ", "OFDLCK READ"}, "the presence lock"
+    db.close()
+    assert locks_on(path / "catalog" / "lock.mdb") == set()
+
+
+OPENING = """
+import sys, memodb
+n = 0
+while not sys.argv[2:] or n < int(sys.argv[2]):
+    with memodb.MemoDB.open(sys.argv[1]) as db:
+        assert len(db.ids()) <= len(db)
+    n += 1
+print(n)
+"""
+
+
+@pytest.mark.parametrize("backup", [False, True])
+def test_readers_that_come_and_go_harm_nobody(path, make, folder, backup):
+    """One process opens and closes the store in a loop, while its maker puts, searches and reads."""
+    import shutil
+    import subprocess
+    import sys
+
+    db = make(shape=(4,), dtype="float32", key_dim=2)
+    db.put(np.zeros((1, 4), np.float32), np.zeros((1, 2)))
+    if backup:
+        shutil.copytree(path, folder / "backup")
+    program = folder / "opening.py"
+    program.write_text(OPENING)
+    acknowledged = 1
+    with subprocess.Popen([sys.executable, str(program), str(path), "300"], stdout=subprocess.PIPE) as reader:
+        while reader.poll() is None:
+            acknowledged += len(db.put(np.ones((50, 4), np.float32), np.ones((50, 2))))
+            assert len(db.ids()) == acknowledged
+        assert reader.stdout.read() == b"300\n"
+    assert reader.returncode == 0
+    assert len(db) == acknowledged
+    assert db.verify() == []
+
+
+def test_opening_does_not_wait_for_the_writer(path, make):
+    """A long commit of the writer keeps nobody from opening the store, nor a forked child from reading."""
+    program = """
+import os, sys, threading, memodb
+db = memodb.MemoDB.open(sys.argv[1], mode="r+")
+inside, over = threading.Event(), threading.Event()
+
+def write():
+    with db._catalog._env.write():
+        inside.set()
+        over.wait()
+
+thread = threading.Thread(target=write)
+thread.start()
+inside.wait()
+import subprocess
+subprocess.run([sys.executable, "-c", "import memodb, sys; len(memodb.MemoDB.open(sys.argv[1]))", sys.argv[1]],
+               check=True, timeout=60)
+over.set()
+thread.join()
+print("ok")
+"""
+    make().close()
+    assert run_program(path.parent, program, path) == "ok\n"
+
+
+def test_copying_a_store_that_somebody_deletes_from(make, path, shm):
+    """What is deleted while the copy is under way is left out of it, or in it: never the end of it."""
+    import threading
+
+    db = make(shape=(1024,), dtype="float32", key_dim=2)
+    ids = np.concatenate([db.put(np.full((500, 1024), i, np.float32), np.ones((500, 2))) for i in range(60)])
+    over = threading.Event()
+
+    def delete():
+        for i in range(0, len(ids), 25):
+            if over.is_set():
+                return
+            db.delete(ids[i : i + 10])
+
+    thread = threading.Thread(target=delete)
+    thread.start()
+    memodb.copy(path, shm / "copied")
+    over.set()
+    thread.join()
+    with memodb.MemoDB.open(shm / "copied") as copied:
+        kept = copied.ids()
+        assert set(db.ids().tolist()) <= set(kept.tolist()) <= set(ids.tolist())
+        assert copied.verify() == []

@@ -299,6 +299,10 @@ def test_a_saved_index_that_knows_too_much_is_built_again(store, path):
         found = db.search(keys[PERSISTED : PERSISTED + 14], k=3)
         assert (found.ids >= 0).all()
         assert (found.ids < PERSISTED + 4).all()
+        assert (found.distances[:10, 0] > 0).all(), "keys of the other history are not in this store"
+        exact = db.search(keys[PERSISTED + 10 : PERSISTED + 14])
+        assert exact.ids[:, 0].tolist() == list(range(PERSISTED, PERSISTED + 4))
+        assert (exact.distances == 0).all()
 
 
 @pytest.mark.parametrize(
@@ -328,3 +332,41 @@ def test_keys_whose_distances_would_overflow_are_refused(make):
     found = db.search(-np.diag([far] * 4)[:2], 2)
     assert sorted(found.ids[0].tolist()) == ids.tolist()
     assert np.isfinite(found.distances).all()
+
+
+def test_an_index_of_another_history_with_as_many_entries(store, path, shm):
+    """A copy of the catalog goes its own way; the original's saved index lies beside it: same number, other keys."""
+    import shutil
+
+    keys = RNG.standard_normal((PERSISTED + 40, 8)).astype(np.float32)
+    db = store(keys[:PERSISTED], index="HNSW8")
+    db.close()
+    shutil.copytree(path, shm / "copy")
+    with memodb.MemoDB.open(path, mode="r+") as db:
+        db.put(records(20), keys[PERSISTED : PERSISTED + 20])
+        db.reindex()
+        db.search(keys[:1])
+    with memodb.MemoDB.open(shm / "copy", mode="r+") as db:
+        db.put(records(20), keys[PERSISTED + 20 :])
+        db.search(keys[:1])
+    shutil.rmtree(shm / "copy" / "index", ignore_errors=True)
+    shutil.copytree(path / "index", shm / "copy" / "index")
+    with memodb.MemoDB.open(shm / "copy") as db:
+        found = db.search(keys[PERSISTED + 20 :])
+        assert found.ids[:, 0].tolist() == list(range(PERSISTED, PERSISTED + 20))
+        assert (found.distances == 0).all()
+
+
+def test_a_reader_follows_a_new_factory(store, path):
+    db = store(RNG.standard_normal((50, 8)).astype(np.float32), index="Flat")
+    with memodb.MemoDB.open(path) as reader:
+        reader.search(np.zeros((1, 8)))
+        db.reindex("HNSW8")
+        assert reader.index_factory == reader.stats()["index"] == "HNSW8"
+        assert (reader.search(np.zeros((1, 8)), 5).ids >= 0).all()
+
+
+def test_no_keys_at_all(store):
+    db = store(RNG.standard_normal((5, 8)).astype(np.float32))
+    for namespace in ("", []):
+        assert db.search(np.zeros((0, 8)), 3, namespace=namespace).ids.shape == (0, 3)

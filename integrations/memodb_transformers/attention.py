@@ -169,22 +169,24 @@ class MemoAttention(nn.Module):
         """Attend with the records ``ids`` int64 [n]; rows whose id is -1 are computed by the original module."""
         began = perf_counter()
         kwargs = kwargs or {}
+        batch, ids = self._fetch(ids)
+        fetch_seconds = perf_counter() - began if batch is not None else 0.0
         hits = np.flatnonzero(ids >= 0)
-        fetch_seconds = 0.0
-        if len(hits) == 0:
+        if batch is None:
             context = self.original(hidden, attention_mask, None, **kwargs)[0]
         elif len(hits) == len(hidden):
-            context, fetch_seconds = self._reuse(hidden, lengths, ids)
+            context = self._reuse(hidden, lengths, batch)
         else:
             hit_rows = torch.from_numpy(hits)
             miss_rows = torch.from_numpy(np.flatnonzero(ids < 0))
             here = miss_rows.to(hidden.device)
             part = {name: _rows(value, here, len(hidden)) for name, value in kwargs.items()}
             missed = self.original(hidden[here], _rows(attention_mask, here, len(hidden)), None, **part)[0]
-            reused, fetch_seconds = self._reuse(hidden[hit_rows.to(hidden.device)], lengths[hit_rows], ids[hits])
+            reused = self._reuse(hidden[hit_rows.to(hidden.device)], lengths[hit_rows], batch)
             context = missed.new_empty((len(hidden), *missed.shape[1:]))
             context[here] = missed
             context[hit_rows.to(hidden.device)] = reused.to(missed.dtype)
+        del batch  # the window of this gather is free for the next one
         self.counters.add(
             hits=len(hits),
             fetch_seconds=fetch_seconds,
@@ -192,12 +194,18 @@ class MemoAttention(nn.Module):
         )
         return context, None
 
-    def _reuse(self, hidden: Tensor, lengths: Tensor, ids: NDArray[np.int64]) -> tuple[Tensor, float]:
-        """Multiply the records ``ids`` with V of ``hidden``; no Q, no K, no scores. Also the seconds of the gather."""
-        began = perf_counter()
-        batch = self._db.multiget_mapped(ids)
+    def _fetch(self, ids: NDArray[np.int64]) -> tuple[memodb.MappedBatch | None, NDArray[np.int64]]:
+        """Gather the records of the hits; what was deleted since the search is a miss. None: no hit is left."""
+        while (ids >= 0).any():
+            try:
+                return self._db.multiget_mapped(ids[ids >= 0]), ids
+            except memodb.RecordNotFoundError:
+                ids = np.where([i >= 0 and i in self._db for i in ids.tolist()], ids, -1)
+        return None, ids
+
+    def _reuse(self, hidden: Tensor, lengths: Tensor, batch: memodb.MappedBatch) -> Tensor:
+        """Multiply the records of ``batch`` with V of ``hidden``; no Q, no K, no scores."""
         probabilities = batch.torch()
-        fetch_seconds = perf_counter() - began
         rows, padded_length = hidden.shape[:2]
         value = self._site.projection("value")(hidden)
         split = value.view(rows, padded_length, self._site.heads, self._site.head_dim).transpose(1, 2).float()
@@ -208,8 +216,7 @@ class MemoAttention(nn.Module):
             split = split.masked_fill(padding[:, None, :, None].to(hidden.device), 0.0)
         # Stores may hold halves; the product is in float32, which CPUs multiply far faster.
         context = torch.matmul(probabilities.to(hidden.device).float(), split)
-        del probabilities, batch  # the window of this gather is free for the next one
-        return context.transpose(1, 2).reshape(rows, padded_length, -1).to(value.dtype), fetch_seconds
+        return context.transpose(1, 2).reshape(rows, padded_length, -1).to(value.dtype)
 
     def _fits(
         self, hidden: Tensor, lengths: Tensor, attention_mask: Any, past_key_values: Any, kwargs: dict[str, Any]

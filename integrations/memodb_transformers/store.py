@@ -158,9 +158,22 @@ def open_store(path: str | os.PathLike[str], card: ModelCard) -> Iterator[MemoSt
         built.check(card, root)
         if not all(name.isidentifier() for name in names):
             raise StoreMismatchError(f"{file} is damaged (arrays {names}): build the store again")
-        arrays = {name: np.load(root / _FOLDER / f"embedder-{name}.npy", allow_pickle=False) for name in names}
+        if db.spec.shape != (built.heads, padded_length, padded_length) or db.spec.dtype_name != store_dtype:
+            raise StoreMismatchError(
+                f"{file} tells of records {[built.heads, padded_length, padded_length]} {store_dtype}, the database "
+                f"holds {db.spec}: build the store again"
+            )
+        arrays = {name: _read_array(root / _FOLDER / f"embedder-{name}.npy") for name in names}
         embedder = load_embedder(config, arrays)
         yield MemoStore(root, db, built, padded_length, store_dtype, target, embedder, read_profile(root))
+
+
+def _read_array(file: Path) -> np.ndarray[Any, Any]:
+    try:
+        array: np.ndarray[Any, Any] = np.load(file, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise StoreMismatchError(f"{file} is missing or damaged ({error}): build the store again") from error
+    return array
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

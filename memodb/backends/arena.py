@@ -142,7 +142,7 @@ class ArenaBackend(ValueBackend):
         if len(self._table) and self._table[-1]["used"] < self._slots and not self._table[-1]["sealed"]:
             return self._table[-1]
         number = self._next
-        self._open[number] = SegmentFile(self._file(number), self._capacity, create=True)
+        self._open[number] = SegmentFile(self._file(number), self._capacity, create=True, in_memory=self._in_memory)
         self._next += 1
         self._directory_unsynced = True
         self._table = np.concatenate([self._table, np.array([(number, 0, 0, 0, 0)], _ENTRY)])
@@ -173,8 +173,9 @@ class ArenaBackend(ValueBackend):
         for file in self.path.glob(f"*{_SUFFIX}"):
             if not (file.stem.isdigit() and int(file.stem) in known):
                 file.unlink(missing_ok=True)
-        for number in [n for n in self._open if n not in known]:
-            del self._open[number]
+        with self._lock:
+            for number in [n for n in self._open if n not in known]:
+                del self._open[number]
         if len(self._table):  # only the last segment is ever appended to
             tail = int(self._table[-1]["number"])
             with contextlib.suppress(FileNotFoundError):  # verify() and reads say so; the store must open for that
@@ -215,7 +216,9 @@ class ArenaBackend(ValueBackend):
         with self._lock:
             segment = self._open.get(number)
             if segment is None:
-                segment = SegmentFile(self._file(number), self._capacity, writable=self.writable)
+                segment = SegmentFile(
+                    self._file(number), self._capacity, writable=self.writable, in_memory=self._in_memory
+                )
                 self._open[number] = segment
                 self._flag_huge()
             return segment

@@ -21,6 +21,9 @@ from memodb.threads import CREW
 _COLLAPSE = 16 << 20
 
 
+_FULL = {errno.ENOSPC, errno.ENOMEM, errno.EDQUOT, errno.EFBIG}
+
+
 class SegmentFile:
     """An open segment. Whoever holds the object may use its descriptor and its mapping.
 
@@ -34,15 +37,21 @@ class SegmentFile:
         Make the file (it must not exist) instead of opening it read-only.
     writable
         Open for writing.
+    in_memory
+        Whether the file system keeps its bytes in memory.
     """
 
-    def __init__(self, path: Path, capacity: int, *, create: bool = False, writable: bool = False) -> None:
+    def __init__(
+        self, path: Path, capacity: int, *, create: bool = False, writable: bool = False, in_memory: bool = False
+    ) -> None:
         self.path = path
         self.capacity = capacity
         self.huge_share = 0.0
         self.page = vm.PAGE
         self.address = 0
         self.fd = -1
+        self.in_memory = in_memory
+        self._whole = 0
         mode = os.O_RDWR if writable or create else os.O_RDONLY
         flags = mode | os.O_CLOEXEC | os.O_NOFOLLOW | (os.O_CREAT | os.O_EXCL if create else 0)
         try:
@@ -88,12 +97,12 @@ class SegmentFile:
         return vm.Span(self.address, nbytes, writable=False, keep=self).array()
 
     def require(self, nbytes: int) -> None:
-        """Make sure that the file is at least `nbytes` long: a page beyond its end is a SIGBUS.
+        """Make sure that the file has its first `nbytes`: a page beyond its end is a SIGBUS.
 
         Raises
         ------
         CorruptionError
-            If it was cut short.
+            If it was cut short, or copied without its zeros to where there is no room for them.
         """
         size = os.fstat(self.fd).st_size
         if size < nbytes:
@@ -101,6 +110,40 @@ class SegmentFile:
                 f"segment {self.path} is {size} bytes long, its records reach to byte {nbytes}: it was truncated; "
                 "restore the store from a copy"
             )
+        if self.in_memory and nbytes > self._whole:
+            # Once a file, and again for what it grew by: records that were put have no holes, a sparse copy may, and a
+            # hole is a SIGBUS where memory has run out.
+            try:
+                if os.lseek(self.fd, 0, os.SEEK_HOLE) < nbytes:
+                    vm.populate_read(self.address, vm.round_up(nbytes, vm.PAGE))
+            except OSError as error:
+                raise CorruptionError(
+                    f"segment {self.path} has holes (was it copied sparsely?) that cannot be filled: {error}; free "
+                    "space there, or copy it again with its zeros"
+                ) from error
+            self._whole = nbytes
+
+    def read_into(self, offset: int, out: np.ndarray[Any, np.dtype[np.uint8]]) -> None:
+        """Copy bytes of the file from `offset` on into `out`, C-contiguous, by pread(2).
+
+        Raises
+        ------
+        CorruptionError
+            If the device cannot read them, or the file ends before: errors here, signals through a mapping.
+        """
+        data = memoryview(out.reshape(-1))  # type: ignore[arg-type]
+        while len(data):
+            try:
+                got = os.preadv(self.fd, [data], offset)
+            except OSError as error:
+                raise CorruptionError(
+                    f"segment {self.path} cannot be read at byte {offset}: {error.strerror}; its device fails: restore "
+                    "the store from a copy"
+                ) from error
+            if not got:
+                self.require(offset + len(data))
+                raise CorruptionError(f"segment {self.path} ends at byte {offset}; restore the store from a copy")
+            data, offset = data[got:], offset + got
 
     def write(
         self, offset: int, values: np.ndarray[Any, Any], allocated: int, full: int, *, in_memory: bool, huge: bool
@@ -118,21 +161,39 @@ class SegmentFile:
             If the file system cannot hold them.
         """
         end = offset + values.nbytes
-        wanted = max(allocated, min(vm.round_up(end, vm.HUGE), full))
-        try:
-            if in_memory:
-                return wanted, self._write_mapped(offset, end, values, allocated, wanted, huge=huge)
-            if wanted > allocated:
-                os.posix_fallocate(self.fd, allocated, wanted - allocated)
-            self._write_through(offset, values)
-        except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.ENOMEM, errno.EDQUOT, errno.EFBIG):
-                raise StoreFullError(
-                    f"no room for {values.nbytes} more bytes in segment {self.path}: {os.strerror(error.errno)}; "
-                    "nothing was stored; free space, delete and compact(), or move the store"
-                ) from error
-            raise
-        return wanted, 0
+        # Whole huge pages, or, where there is no room for the last of them any more, just what the records take.
+        sizes = {max(allocated, min(vm.round_up(end, unit), full)) for unit in (vm.HUGE, vm.PAGE)}
+        for wanted in sorted(sizes, reverse=True):
+            try:
+                return wanted, self._write(offset, end, values, allocated, wanted, in_memory=in_memory, huge=huge)
+            except OSError as error:
+                if error.errno not in _FULL:
+                    raise
+                full_error = error
+                self.truncate(allocated)
+        raise StoreFullError(
+            f"no room for {values.nbytes} more bytes in segment {self.path}: {full_error.strerror}; "
+            "nothing was stored; free space, delete and compact(), or move the store"
+        ) from full_error
+
+    def _write(
+        self,
+        offset: int,
+        end: int,
+        values: np.ndarray[Any, Any],
+        allocated: int,
+        wanted: int,
+        *,
+        in_memory: bool,
+        huge: bool,
+    ) -> int:
+        """Write `values`, growing the file to `wanted`; return how many new bytes lie on huge pages."""
+        if in_memory:
+            return self._write_mapped(offset, end, values, allocated, wanted, huge=huge)
+        if wanted > allocated:
+            os.posix_fallocate(self.fd, allocated, wanted - allocated)
+        self._write_through(offset, values)
+        return 0
 
     def _write_mapped(
         self, offset: int, end: int, values: np.ndarray[Any, Any], allocated: int, wanted: int, *, huge: bool
@@ -144,6 +205,10 @@ class SegmentFile:
             if wanted > allocated:
                 os.ftruncate(self.fd, wanted)
             vm.map_shared(address, wanted - first, self.fd, first, writable=True)
+            if offset < allocated:
+                # Allocated by an earlier put; but a file that was copied sparsely has holes where it should have pages.
+                start = offset // vm.PAGE * vm.PAGE
+                vm.populate_write(base + start, vm.round_up(min(end, allocated), vm.PAGE) - start)
             target = vm.Span(base + offset, end - offset, writable=True).array()
             bounds = [offset, *range(allocated, wanted, _COLLAPSE)] if wanted > allocated else [offset]
             source = values.reshape(-1).view(np.uint8) if values.flags.c_contiguous else None

@@ -1,8 +1,8 @@
 """The catalog proper: settings, ids, namespaces, checksums, keys and tombstones in one LMDB environment.
 
-Tables: ``meta`` (settings, counters, the backend's state), ``blocks`` (packed rows, `memodb.catalog.rows`), ``names``
-(namespace -> number), ``counts`` (number -> records added, records live), ``journal`` (keys and deletions,
-`memodb.catalog.journal`).
+Tables (`memodb.catalog.tables`): META (settings, counters, the backend's state), BLOCKS (packed rows,
+`memodb.catalog.rows`), NAMES (namespace -> number), COUNTS (number -> records added, records live), JOURNAL (keys and
+deletions, `memodb.catalog.journal`).
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import numpy as np
 from memodb.catalog import journal
 from memodb.catalog.environment import Environment
 from memodb.catalog.rows import BLOCK, DELETED, LIVE, ROW, Ids, RowCache, Rows, block_key, unpack, write_rows
+from memodb.catalog.tables import BACKEND, BLOCKS, COUNTERS, COUNTS, NAMES, SETTINGS, scan
 from memodb.errors import (
     CorruptionError,
     FormatVersionError,
@@ -50,8 +51,9 @@ class Catalog:
         if create_with is None and not (path / "data.mdb").exists():
             raise StoreNotFoundError(f"{path.parent} holds no memodb store; memodb.MemoDB.create makes one")
         self._env = Environment.acquire(path, create=create_with is not None)
-        self._rows = RowCache()
         self._names: dict[str, int] = {}
+        self._settings_seen = -1
+        self._rows = RowCache(path)
         try:
             if create_with is not None:
                 self._write_settings(create_with, backend_state=None)
@@ -63,6 +65,10 @@ class Catalog:
     def usage(self) -> int:
         """Return the bytes that the catalog takes on its file system."""
         return sum(file.stat().st_blocks * 512 for file in self.path.iterdir())
+
+    def growth(self, n: int) -> int:
+        """Return about how many bytes `n` more records would take: keys and rows, without what LMDB has to spare."""
+        return n * (ROW.itemsize + 8 + 4 * (self.settings["key_dim"] or 0))
 
     def close(self) -> None:
         """Let the environment go."""
@@ -76,7 +82,7 @@ class Catalog:
 
     def _read_settings(self) -> dict[str, Any]:
         with self._env.read() as txn:
-            raw = txn.get(b"settings", db=self._env.table("meta"))
+            raw = txn.get(SETTINGS)
             text = None if raw is None else bytes(raw)
         if text is None:
             raise StoreNotFoundError(
@@ -96,12 +102,11 @@ class Catalog:
 
     def _write_settings(self, settings: dict[str, Any], backend_state: bytes | None) -> None:
         with self._env.write() as txn:
-            meta = self._env.table("meta")
-            txn.put(b"settings", json.dumps({**settings, "format": FORMAT}).encode(), db=meta)
-            if txn.get(b"counters", db=meta) is None:
-                txn.put(b"counters", _COUNTERS.pack(0, 0, 1, 0), db=meta)
+            txn.put(SETTINGS, json.dumps({**settings, "format": FORMAT}).encode())
+            if txn.get(COUNTERS) is None:
+                txn.put(COUNTERS, _COUNTERS.pack(0, 0, 1, 0))
             if backend_state is not None:
-                txn.put(b"backend", backend_state, db=meta)
+                txn.put(BACKEND, backend_state)
 
     def change_settings(self, **changes: Any) -> None:
         """Persist changed settings."""
@@ -113,7 +118,7 @@ class Catalog:
         return self._env.last_transaction()
 
     def _counters(self, txn: lmdb.Transaction) -> tuple[int, int, int, int]:
-        raw = txn.get(b"counters", db=self._env.table("meta"))
+        raw = txn.get(COUNTERS)
         if raw is None:
             raise CorruptionError(f"the counters in {self.path} are missing; restore the catalog from a copy")
         next_id, live, sequence, namespace = _COUNTERS.unpack(raw)
@@ -124,23 +129,24 @@ class Catalog:
         with self._env.read() as txn:
             return self._counters(txn)[:2]
 
-    def last_sequence(self) -> int:
-        """Return the number of the last journal entry of any namespace."""
+    def count(self) -> tuple[int, int, int]:
+        """Return how many records live by the counter, by the namespaces' counts, and by the rows, as of one commit."""
         with self._env.read() as txn:
-            return self._counters(txn)[2] - 1
+            in_namespaces = sum(_COUNTS.unpack(value)[1] for _, value in scan(txn, COUNTS))
+            in_rows = sum(int((unpack(raw, self.path)["state"] == LIVE).sum()) for _, raw in scan(txn, BLOCKS))
+            return self._counters(txn)[1], in_namespaces, in_rows
 
     def backend_state(self) -> tuple[int, bytes]:
         """Return (transaction number, what the backend asked to remember with the last commit)."""
         with self._env.read() as txn:
-            return txn.id(), bytes(txn.get(b"backend", db=self._env.table("meta"), default=b""))
+            return txn.id(), bytes(txn.get(BACKEND, default=b""))
 
     # --- reading ---
 
     @contextmanager
     def _load(self) -> Iterator[tuple[int, Any]]:
         with self._env.read() as txn:
-            table = self._env.table("blocks")
-            yield txn.id(), lambda block: txn.get(block_key(block), db=table)
+            yield txn.id(), lambda block: txn.get(block_key(block))
 
     def rows(self, ids: Ids, transaction: int | None = None) -> Rows:
         """Return the rows of `ids` [n] (fields locator, checksum, namespace, state), whatever their state.
@@ -181,8 +187,8 @@ class Catalog:
             number = None if namespace is None else self._number(txn, namespace)
             if namespace is not None and number is None:
                 return all_ids[0], all_rows[0]
-            for raw_key, raw in txn.cursor(db=self._env.table("blocks")):
-                rows = unpack(raw)
+            for raw_key, raw in scan(txn, BLOCKS):
+                rows = unpack(raw, self.path)
                 wanted = rows["state"] == LIVE
                 if number is not None:
                     wanted &= rows["namespace"] == number
@@ -194,7 +200,7 @@ class Catalog:
     # --- namespaces ---
 
     def _number(self, txn: lmdb.Transaction, name: str) -> int | None:
-        raw = txn.get(_name_key(name), db=self._env.table("names"))
+        raw = txn.get(NAMES + name.encode())
         return None if raw is None else int(struct.unpack("<I", raw)[0])
 
     def namespace_numbers(self, names: Sequence[str]) -> list[int | None]:
@@ -211,20 +217,13 @@ class Catalog:
     def namespaces(self) -> dict[str, int]:
         """Return the number of live records of each namespace that was ever used."""
         with self._env.read() as txn:
-            counts = {
-                struct.unpack(">I", k)[0]: _COUNTS.unpack(v)[1] for k, v in txn.cursor(db=self._env.table("counts"))
-            }
-            return {
-                bytes(k[1:]).decode(): counts.get(struct.unpack("<I", v)[0], 0)
-                for k, v in txn.cursor(db=self._env.table("names"))
-            }
+            counts = {struct.unpack(">I", key)[0]: _COUNTS.unpack(value)[1] for key, value in scan(txn, COUNTS)}
+            return {key.decode(): counts.get(struct.unpack("<I", value)[0], 0) for key, value in scan(txn, NAMES)}
 
     def names_of(self, numbers: np.ndarray[Any, Any]) -> list[str]:
         """Return the name of each namespace number."""
         with self._env.read() as txn:
-            names = {
-                struct.unpack("<I", v)[0]: bytes(k[1:]).decode() for k, v in txn.cursor(db=self._env.table("names"))
-            }
+            names = {struct.unpack("<I", value)[0]: key.decode() for key, value in scan(txn, NAMES)}
         return [names[number] for number in numbers.tolist()]
 
     def _intern(self, txn: lmdb.Transaction, names: Sequence[str], next_namespace: int) -> tuple[list[int], int]:
@@ -233,15 +232,15 @@ class Catalog:
             number = self._number(txn, name)
             if number is None:
                 number, next_namespace = next_namespace, next_namespace + 1
-                txn.put(_name_key(name), struct.pack("<I", number), db=self._env.table("names"))
+                txn.put(NAMES + name.encode(), struct.pack("<I", number))
             numbers.append(number)
         return numbers, next_namespace
 
     def _count(self, txn: lmdb.Transaction, number: int, *, added: int = 0, deleted: int = 0) -> None:
-        key, table = struct.pack(">I", number), self._env.table("counts")
-        raw = txn.get(key, db=table)
+        key = COUNTS + struct.pack(">I", number)
+        raw = txn.get(key)
         total, live = (0, 0) if raw is None else _COUNTS.unpack(raw)
-        txn.put(key, _COUNTS.pack(total + added, live + added - deleted), db=table)
+        txn.put(key, _COUNTS.pack(total + added, live + added - deleted))
 
     # --- writing ---
 
@@ -270,7 +269,7 @@ class Catalog:
         ids
             Ascending ids to use (a copy keeps them); None takes the next ones.
         """
-        with self._env.write() as txn:
+        with self._env.write(grows=True) as txn:
             next_id, live, sequence, next_namespace = self._counters(txn)
             if ids is None:
                 ids = np.arange(next_id, next_id + len(locators), dtype=np.int64)
@@ -278,19 +277,19 @@ class Catalog:
             rows = np.zeros(len(ids), ROW)
             rows["locator"], rows["checksum"], rows["state"] = locators, checksums, LIVE
             rows["namespace"] = np.asarray(numbers, np.uint32)[row_names]
-            write_rows(txn, self._env.table("blocks"), ids, rows)
+            write_rows(txn, ids, rows, self.path)
             for number, members in zip(numbers, grouped(row_names, len(names)), strict=True):
                 self._count(txn, number, added=len(members))
                 if keys is not None:
-                    journal.write_entry(txn, self._env.table("journal"), number, sequence, ids[members], keys[members])
+                    journal.write_entry(txn, number, sequence, ids[members], keys[members])
             next_id = max(next_id, int(ids[-1]) + 1)
             self._finish(txn, (next_id, live + len(ids), sequence + 1, next_namespace), backend_state)
         return ids
 
     def _finish(self, txn: lmdb.Transaction, counters: tuple[int, int, int, int], backend_state: bytes | None) -> None:
-        txn.put(b"counters", _COUNTERS.pack(*counters), db=self._env.table("meta"))
+        txn.put(COUNTERS, _COUNTERS.pack(*counters))
         if backend_state is not None:
-            txn.put(b"backend", backend_state, db=self._env.table("meta"))
+            txn.put(BACKEND, backend_state)
 
     def advance(self, next_id: int) -> None:
         """Make sure that ids below `next_id` are never given out (a copy of a store whose last records are deleted)."""
@@ -309,13 +308,13 @@ class Catalog:
         with self._env.write() as txn:
             rows = self.committed(ids).copy()  # only this writer commits, so the cache is what the transaction sees
             rows["state"] = DELETED
-            write_rows(txn, self._env.table("blocks"), ids, rows)
+            write_rows(txn, ids, rows, self.path)
             next_id, live, sequence, namespaces = self._counters(txn)
             for number in np.unique(rows["namespace"]).tolist():
                 members = ids[rows["namespace"] == number]
                 self._count(txn, number, deleted=len(members))
                 if self.settings["key_dim"]:
-                    journal.write_entry(txn, self._env.table("journal"), number, sequence, members, None)
+                    journal.write_entry(txn, number, sequence, members, None)
             self._finish(txn, (next_id, live - len(ids), sequence + 1, namespaces), None)
 
     def relocate(self, ids: Ids, locators: np.ndarray[Any, np.dtype[np.uint64]], backend_state: bytes) -> None:
@@ -323,7 +322,7 @@ class Catalog:
         with self._env.write() as txn:
             rows = self.committed(ids).copy()
             rows["locator"] = locators
-            write_rows(txn, self._env.table("blocks"), ids, rows)
+            write_rows(txn, ids, rows, self.path)
             self._finish(txn, self._counters(txn), backend_state)
 
     def drop_dead_keys(self) -> None:
@@ -333,24 +332,34 @@ class Catalog:
             return
         dead: dict[int, list[Ids]] = {}
         with self._env.read() as txn:
-            for raw_key, raw in txn.cursor(db=self._env.table("blocks")):
-                rows = unpack(raw)
+            for raw_key, raw in scan(txn, BLOCKS):
+                rows = unpack(raw, self.path)
                 places = np.flatnonzero(rows["state"] == DELETED)
                 for number in np.unique(rows["namespace"][places]).tolist():
                     members = places[rows["namespace"][places] == number]
                     dead.setdefault(number, []).append(members + struct.unpack(">Q", raw_key)[0] * BLOCK)
         for number, members_of in dead.items():
             with self._env.write() as txn:
-                table = self._env.table("journal")
-                journal.drop_keys(txn, table, number, np.concatenate(members_of), key_dim, self.path)
+                journal.drop_keys(txn, number, np.concatenate(members_of), key_dim, self.path)
 
     # --- what an index follows ---
 
     def journal(self, number: int, after: int, within: tuple[int, int] | None = None) -> list[journal.Entry]:
         """Return the journal of a namespace (by number) after a sequence number, in order."""
         with self._env.read() as txn:
-            table = self._env.table("journal")
-            return list(journal.read_entries(txn, table, number, after, self.settings["key_dim"], self.path, within))
+            return list(journal.read_entries(txn, number, after, self.settings["key_dim"], self.path, within))
+
+    def mark(self, number: int, sequence: int) -> int | None:
+        """Return the mark of one journal entry, which no other entry of this or another store bears; None: no entry."""
+        with self._env.read() as txn:
+            return journal.read_mark(txn, number, sequence)
+
+    def index_factory(self) -> str:
+        """Return the index factory as of the last commit: a writer elsewhere may have changed it."""
+        transaction = self.transaction()
+        if transaction != self._settings_seen:
+            self.settings, self._settings_seen = self._read_settings(), transaction
+        return str(self.settings["index"])
 
     def keys(self, ids: Ids, rows: Rows) -> np.ndarray[Any, np.dtype[np.float32]]:
         """Return the keys of live records (ascending unique `ids` and their `rows`), float32 [n, key_dim].
@@ -398,7 +407,3 @@ def check_name(name: Any) -> str:
             f"namespace {name[:40]!r}... has {size} bytes of UTF-8; at most {_NAME_BYTES} are possible"
         )
     return name
-
-
-def _name_key(name: str) -> bytes:
-    return b"n" + name.encode()

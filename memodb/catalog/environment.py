@@ -7,10 +7,11 @@ its own at its next transaction.
 
 from __future__ import annotations
 
+import fcntl
 import os
 import threading
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import ClassVar
 
@@ -23,8 +24,8 @@ from memodb.errors import (
     MemoDBError,
     StoreAccessError,
     StoreFullError,
-    StoreNotFoundError,
 )
+from memodb.lock import lock_bytes
 
 #: Address space reserved for the catalog; the file itself only grows with what is put. Halved until the system grants
 #: it.
@@ -35,7 +36,6 @@ _MAX_READERS = 4096
 _SPARE, _SPARE_PART = 256 << 10, 8
 #: LMDB calls a short write an I/O error; with less room than this on the file system it was one.
 _NO_ROOM = 16 << 20
-TABLES = ("meta", "blocks", "names", "counts", "journal")
 
 
 @contextmanager
@@ -47,10 +47,6 @@ def translated(path: Path) -> Iterator[None]:
         raise _full(path, error) from error
     except (lmdb.CorruptedError, lmdb.PageNotFoundError, lmdb.InvalidError, lmdb.PanicError) as error:
         raise CorruptionError(f"the catalog {path} is damaged: {error}; restore it from a copy") from error
-    except lmdb.NotFoundError as error:
-        raise StoreNotFoundError(
-            f"{path.parent} holds no complete memodb store (its creation was cut off): create it again"
-        ) from error
     except lmdb.ReadersFullError as error:
         raise MemoDBError(f"more than {_MAX_READERS} readers are in the catalog {path} at once: {error}") from error
     except lmdb.Error as error:
@@ -95,7 +91,7 @@ class Environment:
         self._read_gate = threading.RLock()
         self._write_gate = threading.RLock()
         self._env: lmdb.Environment | None = None
-        self._tables: dict[str, lmdb._Database] = {}
+        self._guard = -1
 
     @classmethod
     def acquire(cls, path: Path, *, create: bool = False) -> Environment:
@@ -129,24 +125,34 @@ class Environment:
                 if self._key is not None:
                     self._shared.pop(self._key, None)
                 with self._read_gate, self._write_gate:
-                    if self._env is not None:
-                        self._env.close()
-                        self._env = None
+                    self._close()
+
+    def _close(self) -> None:
+        if self._env is not None:
+            self._env.close()
+        self._env = None
+        if self._guard >= 0:
+            os.close(self._guard)
+            self._guard = -1
 
     def _open(self, *, create: bool) -> None:
         size = _MAP_SIZE
         while True:
             try:
                 with translated(self.path):
-                    self._env = self._open_lmdb(size, create=create)
-                    if create:
+                    if not self._fill_lock_file():
+                        # Made by LMDB, and filled once LMDB has let go of it (see there).
+                        self._open_lmdb(size, create=create).close()
                         self._fill_lock_file()
-                        self._tables = {name: self._env.open_db(name.encode()) for name in TABLES}
+                    self._env = self._open_lmdb(size, create=create)
+                    self._hold_presence()
                     self._env.reader_check()
                 self._check_length()
                 return
-            except MemoDBError as error:
-                self._env = None
+            except BaseException as error:
+                self._close()
+                if not isinstance(error, MemoDBError):
+                    raise
                 memory = "Cannot allocate memory" in str(error) or isinstance(error.__cause__, lmdb.MemoryError)
                 if not memory or size <= _MIN_MAP_SIZE:
                     raise
@@ -157,7 +163,6 @@ class Environment:
             return lmdb.open(
                 os.fspath(self.path),
                 map_size=size,
-                max_dbs=len(TABLES),
                 max_readers=_MAX_READERS,
                 max_spare_txns=0,
                 readonly=readonly,
@@ -183,37 +188,72 @@ class Environment:
         # LMDB maps the file without looking at its length: a page beyond its end would be a SIGBUS.
         needed, found = self._length()
         if found < needed:
-            assert self._env is not None
-            self._env.close()
             raise CorruptionError(
                 f"the catalog {self.path} is {found} bytes long, its pages reach to byte {needed}: it was truncated; "
                 "restore it from a copy"
             )
 
-    def _pad(self) -> None:
+    def _pad(self) -> bool:
         # Two promises rest on the file being longer than its pages. Pages that a transaction took and freed again need
         # not have been written, so only a file that is surely long enough lets `_check_length` tell a truncated one.
         # And on a full file system deleting must still be possible, which rewrites pages before it frees any.
+        # Best effort: what precedes it is committed, so nothing that goes wrong here may look like a failed commit.
         needed, found = self._length()
         spare = max(_SPARE, needed // _SPARE_PART)
-        if found < needed + spare // 2:
-            with (self.path / "data.mdb").open("r+b") as file:
-                try:
-                    os.posix_fallocate(file.fileno(), found, needed + spare - found)
-                except OSError:
-                    os.truncate(file.fileno(), max(found, needed))
+        if found >= needed + spare // 2:
+            return True
+        with suppress(OSError), (self.path / "data.mdb").open("r+b") as file:
+            try:
+                os.posix_fallocate(file.fileno(), found, needed + spare - found)
+                return True
+            except OSError:
+                os.truncate(file.fileno(), max(found, needed))
+        return False
 
-    def _fill_lock_file(self) -> None:
-        # Readers enter themselves through a mapping of the lock file: a hole there would be a SIGBUS on a full tmpfs.
-        with (self.path / "lock.mdb").open("r+b") as file:
-            stat = os.fstat(file.fileno())
+    def _fill_lock_file(self) -> bool:
+        """Allocate the whole of LMDB's lock file; False where there is none yet.
+
+        Readers enter themselves through a mapping of it: a hole there would be a SIGBUS on a full tmpfs. Never while
+        this process has the environment open: closing any descriptor of the file drops the POSIX locks by which LMDB
+        tells other processes that the environment is in use, and the next one to open it would start the lock table
+        over under a live writer.
+        """
+        try:
+            fd = os.open(self.path / "lock.mdb", os.O_RDWR | os.O_CLOEXEC)
+        except FileNotFoundError:
+            return False
+        except OSError:  # read-only: LMDB says what it needs
+            return True
+        try:
+            stat = os.fstat(fd)
             if stat.st_blocks * 512 < stat.st_size:
-                try:
-                    os.posix_fallocate(file.fileno(), 0, stat.st_size)
-                except OSError as error:
-                    raise StoreFullError(
-                        f"no room for a catalog in {self.path}: {error.strerror}; free space on its file system"
-                    ) from error
+                os.posix_fallocate(fd, 0, stat.st_size)
+        except OSError as error:
+            raise StoreFullError(
+                f"no room for a catalog in {self.path}: {error.strerror}; free space on its file system"
+            ) from error
+        finally:
+            os.close(fd)
+        return True
+
+    def _hold_presence(self) -> None:
+        """Hold LMDB's presence lock a second time, by a descriptor of our own.
+
+        LMDB's own is gone as soon as anything in this process opens and closes the lock file, a backup of the store's
+        folder for instance. An open file description lock on the same byte stays until `_close`.
+        """
+        with suppress(OSError):  # a read-only file system: LMDB does without locks there
+            self._guard = os.open(self.path / "lock.mdb", os.O_RDWR | os.O_CLOEXEC)
+            lock_bytes(self._guard, fcntl.F_RDLCK, 0, 1)
+
+    def _hold_reader(self) -> None:
+        """Hold LMDB's lock that tells other processes that this one, a reader, is alive; lost in the same way.
+
+        Taken by the process, as LMDB does, on the byte that its process id numbers: without it, the next process to
+        open the catalog would take a read transaction under way here for a dead one's.
+        """
+        if self._guard >= 0:
+            lock_bytes(self._guard, fcntl.F_WRLCK, os.getpid(), 1, of_process=True)
 
     @property
     def handle(self) -> lmdb.Environment:
@@ -227,47 +267,59 @@ class Environment:
         assert self._env is not None
         return self._env
 
-    def table(self, name: str) -> lmdb._Database:
-        """Return the handle of the LMDB sub-database `name`."""
-        found = self._tables.get(name)
-        if found is None:
-            found = self._tables[name] = self.handle.open_db(name.encode(), create=False)
-        return found
-
     def last_transaction(self) -> int:
         """Return the number of the last committed transaction that readers see, by whichever process."""
         # Not info()["last_txnid"]: that is the meta page's, which LMDB writes a moment before readers are let see it.
         with self._read_gate, translated(self.path), self.handle.begin() as txn:
-            return int(txn.id())
+            return int(txn.id())  # over at once: it needs no guard
 
     @contextmanager
     def read(self) -> Iterator[lmdb.Transaction]:
         """Open a short read transaction; what it returns are buffers that die with it."""
-        with self._read_gate, translated(self.path):
-            for name in TABLES:
-                self.table(name)
-            with self.handle.begin(buffers=True) as txn:
-                yield txn
+        with self._read_gate, translated(self.path), self.handle.begin(buffers=True) as txn:
+            self._hold_reader()
+            yield txn
 
     @contextmanager
-    def write(self) -> Iterator[lmdb.Transaction]:
-        """Open a write transaction: committed on leaving, undone by any exception."""
+    def write(self, *, grows: bool = False) -> Iterator[lmdb.Transaction]:
+        """Open a write transaction: committed on leaving, undone by any exception.
+
+        Parameters
+        ----------
+        grows
+            It adds more than it takes away, so it must leave what the file has to spare to those that delete.
+
+        Raises
+        ------
+        StoreFullError
+            If the file system is full.
+        """
         with self._write_gate, translated(self.path):
             with self._read_gate:
-                for name in TABLES:
-                    self.table(name)
                 handle = self.handle
+                if grows and not self._pad():
+                    raise _full(self.path, OSError("its file system is full"))
             with handle.begin(write=True, buffers=True) as txn:
                 yield txn
             self._pad()
 
     @classmethod
     def _before_fork(cls) -> None:
-        cls._registry_lock.acquire()
-        cls._fork_gates = ExitStack()
-        for env in cls._shared.values():
-            cls._fork_gates.enter_context(env._write_gate)
-            cls._fork_gates.enter_context(env._read_gate)
+        # A thread that holds a gate may want the registry (a garbage collection there closes a database), so nobody
+        # waits for a gate with the registry in hand.
+        while True:
+            cls._registry_lock.acquire()
+            cls._fork_gates = ExitStack()
+            for gate in [gate for env in cls._shared.values() for gate in (env._write_gate, env._read_gate)]:
+                if not gate.acquire(blocking=False):
+                    break
+                cls._fork_gates.callback(gate.release)
+            else:
+                return
+            cls._fork_gates.close()
+            cls._registry_lock.release()
+            with gate:  # until whoever holds it is done
+                pass
 
     @classmethod
     def _after_fork_in_parent(cls) -> None:
@@ -277,9 +329,7 @@ class Environment:
     @classmethod
     def _after_fork_in_child(cls) -> None:
         for env in cls._shared.values():
-            if env._env is not None:
-                env._env.close()
-            env._env, env._tables = None, {}
+            env._close()
             env._read_gate, env._write_gate = threading.RLock(), threading.RLock()
         cls._registry_lock = threading.RLock()
 

@@ -2,12 +2,16 @@
 
 One entry is one LMDB value under (namespace, sequence number)::
 
-    kind (1 byte: A added, D deleted) | CRC-32C of the rest (4) | count (4) | ids int64[count] | keys float32[count,
-    key_dim] (A only)
+    kind (1 byte: A added, D deleted) | CRC-32C of the rest (4) | count (4) | mark (8) | ids int64[count] |
+    keys float32[count, key_dim] (A only)
+
+The mark is drawn at random when the entry is made and stays with it. An index remembers the mark of the last entry that
+it knows, so an index of another history (a store put back to an earlier day and written on) is told from this one's.
 """
 
 from __future__ import annotations
 
+import secrets
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,11 +21,12 @@ from typing import Any
 import lmdb
 import numpy as np
 
+from memodb.catalog.tables import JOURNAL, scan
 from memodb.checksum import crc32c
 from memodb.errors import CorruptionError
 
 ADDED, DELETED = b"A", b"D"
-_HEAD = struct.Struct("<cII")
+_HEAD = struct.Struct("<cIIQ")
 _KEY = struct.Struct(">IQ")
 
 
@@ -30,27 +35,34 @@ class Entry:
     """One entry of a namespace's journal: `keys` is float32 [n, key_dim] for additions, None for deletions."""
 
     sequence: int
+    mark: int
     ids: np.ndarray[Any, np.dtype[np.int64]]
     keys: np.ndarray[Any, np.dtype[np.float32]] | None
 
 
 def write_entry(
     txn: lmdb.Transaction,
-    table: Any,
     namespace: int,
     sequence: int,
     ids: np.ndarray[Any, np.dtype[np.int64]],
     keys: np.ndarray[Any, np.dtype[np.float32]] | None,
+    mark: int | None = None,
 ) -> None:
-    """Store one entry."""
+    """Store one entry, with a mark of its own unless it takes the place of one that has one."""
     body = ids.astype("<i8").tobytes() + (b"" if keys is None else keys.astype("<f4").tobytes())
     kind = DELETED if keys is None else ADDED
-    txn.put(_KEY.pack(namespace, sequence), _HEAD.pack(kind, crc32c(body), len(ids)) + body, db=table)
+    mark = secrets.randbits(64) if mark is None else mark
+    txn.put(JOURNAL + _KEY.pack(namespace, sequence), _HEAD.pack(kind, crc32c(body), len(ids), mark) + body)
+
+
+def read_mark(txn: lmdb.Transaction, namespace: int, sequence: int) -> int | None:
+    """Return the mark of an entry, None if there is no such entry."""
+    raw = txn.get(JOURNAL + _KEY.pack(namespace, sequence))
+    return None if raw is None or len(raw) < _HEAD.size else int(_HEAD.unpack_from(raw)[3])
 
 
 def read_entries(
     txn: lmdb.Transaction,
-    table: Any,
     namespace: int,
     after: int,
     key_dim: int,
@@ -69,10 +81,7 @@ def read_entries(
     CorruptionError
         If an entry does not match its checksum.
     """
-    cursor = txn.cursor(db=table)
-    if not cursor.set_range(_KEY.pack(namespace, after + 1)):
-        return
-    for raw_key, raw in cursor:
+    for raw_key, raw in scan(txn, JOURNAL, _KEY.pack(namespace, after + 1)):
         found, sequence = _KEY.unpack(raw_key)
         if found != namespace:
             return
@@ -86,6 +95,8 @@ def _overlaps(raw: memoryview | bytes, within: tuple[int, int]) -> bool:
     # about.
     try:
         count = _HEAD.unpack_from(raw)[2]
+        if count == 0:
+            return False
         first = struct.unpack_from("<q", raw, _HEAD.size)[0]
         last = struct.unpack_from("<q", raw, _HEAD.size + 8 * (count - 1))[0]
     except struct.error:
@@ -95,36 +106,34 @@ def _overlaps(raw: memoryview | bytes, within: tuple[int, int]) -> bool:
 
 def _decode(raw: bytes, sequence: int, key_dim: int, where: str) -> Entry:
     try:
-        kind, checksum, count = _HEAD.unpack_from(raw)
+        kind, checksum, count, mark = _HEAD.unpack_from(raw)
         body = memoryview(raw)[_HEAD.size :]
         if crc32c(body) != checksum:
             raise ValueError("its checksum does not match")
         ids = np.frombuffer(body, "<i8", count).astype(np.int64)
         if kind == DELETED:
-            return Entry(sequence, ids, None)
+            return Entry(sequence, mark, ids, None)
         keys = np.frombuffer(body, "<f4", offset=8 * count).astype(np.float32).reshape(count, key_dim)
     except (struct.error, ValueError) as error:
         raise CorruptionError(f"the keys in {where} are damaged: {error}") from error
-    return Entry(sequence, ids, keys)
+    return Entry(sequence, mark, ids, keys)
 
 
 def drop_keys(
     txn: lmdb.Transaction,
-    table: Any,
     namespace: int,
     dead: np.ndarray[Any, np.dtype[np.int64]],
     key_dim: int,
     path: Path,
 ) -> None:
-    """Take the keys of `dead` ids out of a namespace's additions (deletions stay.
+    """Take the keys of `dead` ids out of a namespace's additions.
 
-    An index that lags must still learn of them).
+    Deletions stay, because an index that lags must still learn of them, and so do emptied additions, because an index
+    may remember their marks.
     """
-    for entry in list(read_entries(txn, table, namespace, 0, key_dim, path)):
+    for entry in list(read_entries(txn, namespace, 0, key_dim, path)):
         if entry.keys is None:
             continue
         gone = np.isin(entry.ids, dead)
-        if gone.all():
-            txn.delete(_KEY.pack(namespace, entry.sequence), db=table)
-        elif gone.any():
-            write_entry(txn, table, namespace, entry.sequence, entry.ids[~gone], entry.keys[~gone])
+        if gone.any():
+            write_entry(txn, namespace, entry.sequence, entry.ids[~gone], entry.keys[~gone], entry.mark)

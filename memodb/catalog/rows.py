@@ -1,4 +1,4 @@
-"""What the catalog knows of each id: a packed row, 1,024 rows a block, cached and checked once per transaction.
+"""What the catalog knows of each id: a packed row, 1,022 rows a block, cached and checked once per transaction.
 
 A lookup of ids costs a few numpy calls whatever their number; Python runs per block only, and only after somebody
 committed.
@@ -8,12 +8,18 @@ from __future__ import annotations
 
 import struct
 import threading
+from pathlib import Path
 from typing import Any
 
 import lmdb
 import numpy as np
 
-BLOCK = 1024
+from memodb.catalog.tables import BLOCKS
+from memodb.checksum import crc32c
+from memodb.errors import CorruptionError
+
+#: Rows of a block: with what LMDB and the stamp add, they fill six pages and no more.
+BLOCK = 1022
 ABSENT, LIVE, DELETED = 0, 1, 2
 ROW: np.dtype[Any] = np.dtype(
     {
@@ -23,8 +29,8 @@ ROW: np.dtype[Any] = np.dtype(
         "itemsize": 24,
     }
 )
-#: Before the rows of a block: number of the transaction that wrote it last.
-_STAMP = struct.Struct("<Q")
+#: Before the rows of a block: number of the transaction that wrote it last, CRC-32C of the rows.
+_STAMP = struct.Struct("<QI")
 #: Blocks kept in memory at most (16,384 x 24 KiB = 400 MB, 16 million records).
 _CACHED_BLOCKS = 16_384
 
@@ -34,33 +40,44 @@ Ids = np.ndarray[Any, np.dtype[np.int64]]
 
 def block_key(block: int) -> bytes:
     """LMDB key of a block."""
-    return struct.pack(">Q", block)
+    return BLOCKS + struct.pack(">Q", block)
 
 
-def unpack(raw: memoryview | bytes | None) -> Rows:
-    """Return a copy of the rows of one stored block (fewer than `BLOCK` for the last one)."""
+def unpack(raw: memoryview | bytes | None, path: Path) -> Rows:
+    """Return a copy of the rows of one stored block (fewer than `BLOCK` for the last one).
+
+    Raises
+    ------
+    CorruptionError
+        If it does not match its checksum.
+    """
     if raw is None:
         return np.zeros(0, ROW)
-    return np.frombuffer(bytes(raw[_STAMP.size :]), ROW)
+    body = bytes(raw[_STAMP.size :])
+    if len(raw) < _STAMP.size or len(body) % ROW.itemsize or crc32c(body) != _STAMP.unpack_from(raw)[1]:
+        raise CorruptionError(f"a block of rows in {path} does not match its checksum; restore the store from a copy")
+    return np.frombuffer(body, ROW)
 
 
-def write_rows(txn: lmdb.Transaction, table: Any, ids: Ids, rows: Rows) -> None:
+def write_rows(txn: lmdb.Transaction, ids: Ids, rows: Rows, path: Path) -> None:
     """Store `rows` under `ids` (ascending, unique) inside a write transaction."""
     blocks, starts = np.unique(ids // BLOCK, return_index=True)
     stops = np.append(starts[1:], len(ids))[: len(starts)]
     for block, start, stop in zip(blocks.tolist(), starts.tolist(), stops.tolist(), strict=True):
         places = ids[start:stop] % BLOCK
-        old = unpack(txn.get(block_key(block), db=table))
+        old = unpack(txn.get(block_key(block)), path)
         new = np.zeros(max(len(old), int(places[-1]) + 1), ROW)
         new[: len(old)] = old
         new[places] = rows[start:stop]
-        txn.put(block_key(block), _STAMP.pack(txn.id()) + new.tobytes(), db=table)
+        body = new.tobytes()
+        txn.put(block_key(block), _STAMP.pack(txn.id(), crc32c(body)) + body)
 
 
 class RowCache:
     """Blocks of rows read so far, each known to be current as of some transaction."""
 
-    def __init__(self) -> None:
+    def __init__(self, path: Path) -> None:
+        self._path = path
         self._lock = threading.RLock()
         self.clear()
 
@@ -131,7 +148,7 @@ class RowCache:
                 elif stamp == self._stamp[slot]:
                     self._checked[slot] = number
                     continue
-                rows = np.frombuffer(raw, ROW, offset=_STAMP.size)
+                rows = unpack(raw, self._path)
                 self._rows[slot, : len(rows)] = rows
                 self._rows[slot, len(rows) :] = np.zeros((), ROW)
                 self._stamp[slot], self._checked[slot] = stamp, number

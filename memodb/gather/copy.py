@@ -24,7 +24,10 @@ _SMALL_RECORD, _MANY = 64 << 10, 8
 def copy_records(extents: Extents, nbytes: int, out: Bytes2D, threads: int = MOST) -> None:
     """Copy the records of `extents`, in order, into `out`, uint8 [n, nbytes] C-contiguous, on up to `threads`."""
     n = len(extents)
-    if len(extents.segments) > 1 or nbytes == 0:
+    if not all(segment.in_memory for segment in extents.segments):
+        _copy_from_files(extents, nbytes, out, threads)
+        return
+    if len(extents.segments) > 1:
         _copy_scattered(extents, nbytes, out, threads)
         return
     slots, rest = np.divmod(extents.offset, nbytes)
@@ -57,6 +60,17 @@ def _parts(nbytes: int) -> int:
         return 1
     first = -(-nbytes // PIECE)
     return next((k for k in range(first, 4 * first) if nbytes % (64 * k) == 0), 1)
+
+
+def _copy_from_files(extents: Extents, nbytes: int, out: Bytes2D, threads: int) -> None:
+    """Copy from files whose pages may have to be read first: an I/O error is an error there, a signal in a mapping."""
+    segment, offset = extents.segment.tolist(), extents.offset.tolist()
+
+    def copy(i: int) -> None:
+        extents.segments[segment[i]].read_into(offset[i], out[i])
+
+    # A call a record: as long as one is read from its device, another may be read as well.
+    CREW.share(copy, len(extents), threads if len(extents) * nbytes > _LARGE else 1)
 
 
 def _copy_scattered(extents: Extents, nbytes: int, out: Bytes2D, threads: int) -> None:

@@ -46,14 +46,16 @@ def map_records(extents: Extents, nbytes: int, plan: Plan) -> Range:
             length = nbytes if lengths is None else lengths[i]
             vm.map_private(address, length, fds[segment[i]], at)
             address += length
-    except OSError as error:
+    except BaseException as error:
         POOL.give_back(window, intact=False)
-        raise _refused(error, total) from error
+        if isinstance(error, OSError):
+            raise _refused(error, total) from error
+        raise
     try:
         _enter_pages(window.address, total, plan.small_pages)
-    except OSError as error:
+    except BaseException as error:
         POOL.give_back(window, intact=False)
-        if error.errno in (errno.EFAULT, errno.ENOMEM, _EHWPOISON, errno.EIO):
+        if isinstance(error, OSError) and error.errno in (errno.EFAULT, errno.ENOMEM, _EHWPOISON, errno.EIO):
             raise CorruptionError(
                 f"{n} records could not be read from their segments ({error}): a segment was truncated "
                 "or its device fails; verify() tells which records are concerned"

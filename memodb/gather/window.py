@@ -68,7 +68,7 @@ class Pool:
     """The ranges of this process."""
 
     def __init__(self) -> None:
-        self.renew_lock()
+        self.renew_locks()
         self.limits = Limits(
             min(2 << 30, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 8), vm.mapping_budget()
         )
@@ -94,18 +94,20 @@ class Pool:
             "mappings_in_use": self.vmas,
         }
 
-    def renew_lock(self) -> None:
-        """Take a fresh lock (in a forked child)."""
+    def renew_locks(self) -> None:
+        """Take fresh locks (in a forked child)."""
         self._lock = threading.Lock()
+        # Taken wherever the last reference to a database dies, also inside what holds the other one.
+        self._users_lock = threading.RLock()
 
     def open(self) -> None:
         """Note that a database is open: idle ranges are worth keeping."""
-        with self._lock:
+        with self._users_lock:
             self._users += 1
 
     def close(self) -> int:
         """Note that a database was closed; after the last one nothing idle is kept. Return how many are still open."""
-        with self._lock:
+        with self._users_lock:
             self._users -= 1
             users = self._users
         self._collect()
@@ -239,4 +241,4 @@ class Pool:
 
 
 POOL = Pool()
-os.register_at_fork(after_in_child=POOL.renew_lock)
+os.register_at_fork(after_in_child=POOL.renew_locks)

@@ -17,11 +17,13 @@ class VectorIndex(ABC):
 
     Attributes
     ----------
-    sequence
-        The journal entry up to which the index knows additions and deletions.
+    sequence, mark
+        The journal entry up to which the index knows additions and deletions, and the mark by which that entry is told
+        from an entry of the same number in another history of the store.
     """
 
     sequence: int = 0
+    mark: int = 0
 
     @abstractmethod
     def add(self, ids: Ids, keys: Keys) -> None:

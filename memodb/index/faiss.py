@@ -24,7 +24,7 @@ EXACT_LIMIT = 10_000
 _AUTO_LARGE = "HNSW32"
 #: Breadth of the graph search while building; faiss' 40 loses recall at 128 dimensions.
 _EF_CONSTRUCTION = 80
-_HEAD = struct.Struct("<QQI")
+_HEAD = struct.Struct("<QQQI")
 #: faiss' own advice for k-means: training points per centroid.
 _POINTS_PER_CENTROID = 39
 
@@ -152,7 +152,7 @@ class FaissIndex(VectorIndex):
             return None
         if self._selector is None:
             bits = np.packbits(live, bitorder="little")
-            selector = faiss.IDSelectorBitmap(self._n, faiss.swig_ptr(bits))
+            selector = faiss.IDSelectorBitmap(len(bits), faiss.swig_ptr(bits))
             selector.bits = bits  # faiss keeps a bare pointer
             self._selector = selector
         return self._selector
@@ -161,13 +161,13 @@ class FaissIndex(VectorIndex):
         """Return the index as bytes (see `VectorIndex.serialize`)."""
         live = np.packbits(self._live[: self._n], bitorder="little").tobytes()
         body: bytes = faiss.serialize_index(self._index).tobytes()
-        return _HEAD.pack(self._n, self.sequence, self._exact) + self._ids[: self._n].tobytes() + live + body
+        return _HEAD.pack(self._n, self.sequence, self.mark, self._exact) + self._ids[: self._n].tobytes() + live + body
 
     @classmethod
     def deserialize(cls, data: bytes, key_dim: int, factory: str) -> FaissIndex:
         """Return an index from its bytes (see `VectorIndex.deserialize`)."""
         try:
-            n, sequence, exact = _HEAD.unpack_from(data)
+            n, sequence, mark, exact = _HEAD.unpack_from(data)
             made = cls(key_dim, factory)
             at = _HEAD.size
             made._ids = np.frombuffer(data, np.int64, n, at).copy()
@@ -181,7 +181,7 @@ class FaissIndex(VectorIndex):
             raise ValueError(
                 f"a saved index of {made._index.ntotal} keys of width {made._index.d}, expected {n} of width {key_dim}"
             )
-        made._n, made.sequence, made._exact = n, sequence, bool(exact)
+        made._n, made.sequence, made.mark, made._exact = n, sequence, mark, bool(exact)
         return made
 
 

@@ -36,6 +36,10 @@ class Change(Protocol):
         """Position in the journal."""
 
     @property
+    def mark(self) -> int:
+        """What tells it from an entry of another history at the same position."""
+
+    @property
     def ids(self) -> Ids:
         """Ids concerned."""
 
@@ -53,8 +57,11 @@ class KeySource(Protocol):
     def transaction(self) -> int:
         """Return the number of the last committed transaction."""
 
-    def last_sequence(self) -> int:
-        """Return the number of the last journal entry of any namespace."""
+    def mark(self, number: int, sequence: int) -> int | None:
+        """Return the mark of one journal entry of a namespace, None if there is no such entry."""
+
+    def index_factory(self) -> str:
+        """Return the factory string as of the last committed transaction."""
 
 
 class IndexSet:
@@ -90,6 +97,9 @@ class IndexSet:
         self._saved: dict[int, int] = {}
         self._grown: dict[int, int] = {}
         self._distrusted: set[int] = set()
+        if writable:  # what a killed writer was saving
+            for draft in path.glob("*.tmp"):
+                draft.unlink(missing_ok=True)
         self._lock = threading.RLock()
 
     def after_fork(self) -> None:
@@ -128,6 +138,11 @@ class IndexSet:
         index = self._indexes.get(number)
         if index is not None and self._seen[number] >= transaction:
             return index
+        factory = self._source.index_factory()
+        if factory != self._factory:  # a writer elsewhere called reindex
+            self._factory = factory
+            self._forget()
+            index = None
         if index is None:
             index = self._load(number)
             if index is None:
@@ -152,17 +167,17 @@ class IndexSet:
                 pending_ids.clear()
                 pending_keys.clear()
 
-        sequence = index.sequence
+        sequence, mark = index.sequence, index.mark
         for change in self._source.journal(number, sequence):
             if change.keys is None:
                 flush()
                 index.remove(change.ids)
-            else:
+            elif len(change.ids):  # compaction leaves empty ones
                 pending_ids.append(change.ids)
                 pending_keys.append(change.keys)
-            sequence = change.sequence
+            sequence, mark = change.sequence, change.mark
         flush()
-        index.sequence = sequence
+        index.sequence, index.mark = sequence, mark
 
     def _new(self) -> VectorIndex:
         from memodb.index.faiss import FaissIndex  # faiss takes a while to import: only when something is searched
@@ -172,24 +187,36 @@ class IndexSet:
     def _file(self, number: int) -> Path:
         return self._path / f"{number:08d}.index"
 
-    def distrust(self, numbers: Iterable[int]) -> None:
+    def distrusted(self) -> frozenset[int]:
+        """Return the namespaces whose indexes were built anew because they were wrong."""
+        return frozenset(self._distrusted)
+
+    def distrust(self, numbers: Iterable[int], before: frozenset[int]) -> None:
         """Build indexes anew, from the catalog alone, that returned what the catalog does not know.
+
+        Parameters
+        ----------
+        numbers
+            Their namespaces.
+        before
+            `distrusted` as of the beginning of the search that found out.
 
         Raises
         ------
         CorruptionError
-            If that was done before: then the catalog contradicts itself.
+            If that was done before that search: then the catalog contradicts itself.
         """
         with self._lock:
             for number in numbers:
-                if number in self._distrusted:
+                if number in before:
                     raise CorruptionError(
                         f"keys and records of namespace {number} in {self._path.parent} contradict each other; "
                         "verify() tells more; restore the store from a copy"
                     )
-                log.warning("index of namespace %d returned unknown records; building it again", number)
-                self._distrusted.add(number)
-                self._indexes.pop(number, None)
+                if number not in self._distrusted:  # or else another thread found out first
+                    log.warning("index of namespace %d returned unknown records; building it again", number)
+                    self._distrusted.add(number)
+                    self._indexes.pop(number, None)
 
     def _label(self) -> bytes:
         return f"{self._owner} {self._factory}".encode()
@@ -212,8 +239,8 @@ class IndexSet:
             if body[:length] != self._label():
                 return None
             index = FaissIndex.deserialize(body[length:], self._dim, self._factory)
-            if index.sequence > self._source.last_sequence():
-                return None  # the catalog was put back to an earlier day
+            if index.sequence and self._source.mark(number, index.sequence) != index.mark:
+                return None  # of another history: the catalog was put back to an earlier day
         except (struct.error, ValueError) as error:
             log.warning("saved index %s is damaged (%s); building it again from the catalog", file, error)
             return None
@@ -259,15 +286,16 @@ class IndexSet:
         """Forget every index, in memory and saved, take a new factory, and build those of `numbers` at once."""
         with self._lock:
             self._factory = factory
-            self._indexes.clear()
-            self._seen.clear()
-            self._saved.clear()
-            self._distrusted.clear()
+            self._forget()
             for file in self._path.glob("*.index"):
                 file.unlink(missing_ok=True)
             with self._translated():
                 for number in numbers:
                     self._current(number)
+
+    def _forget(self) -> None:
+        for known in (self._indexes, self._seen, self._saved, self._distrusted):
+            known.clear()
 
     def loaded(self) -> int:
         """Return how many namespaces' indexes are in memory."""
