@@ -237,7 +237,7 @@ class MemoDB(Handle):
         limit = self._catalog.settings["max_bytes"]
         if limit is None:
             return
-        used = self._backend.usage().bytes_on_store + self._catalog.usage()
+        used = self._backend.bytes_on_store() + self._catalog.usage()
         more = self._backend.append_bytes(n)
         if used + more > limit:
             raise StoreFullError(
@@ -281,7 +281,7 @@ class MemoDB(Handle):
         """
         self._check_writable()
         with self._lock:
-            before = self._backend.usage().bytes_on_store
+            before = self._backend.bytes_on_store()
             live_ids, rows = self._catalog.live()
             victims = self._backend.victims(rows["locator"])
             for done, victim in enumerate(victims):
@@ -294,7 +294,7 @@ class MemoDB(Handle):
                 if progress is not None:
                     progress(done + 1, len(victims))
             self._catalog.drop_dead_keys()
-            return before - self._backend.usage().bytes_on_store
+            return before - self._backend.bytes_on_store()
 
     def reindex(self, index: str | None = None) -> None:
         """Build the index anew from the keys, with another factory if `index` names one.
@@ -541,6 +541,8 @@ class MemoDB(Handle):
             "bytes_catalog": self._catalog.usage(),
             "huge_page_share": usage.huge_bytes / usage.bytes_on_store if usage.bytes_on_store else 0.0,
             "huge_page_note": usage.huge_note,
+            "filesystem": usage.filesystem,
+            "values_path": usage.place,
             "indexes_loaded": self._indexes.loaded(),
             **self._counters.to_dict(),
         }

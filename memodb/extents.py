@@ -24,6 +24,10 @@ class SegmentView(Protocol):
     def page(self) -> int:
         """Bytes of the pages that it can be mapped in: 4 KiB, or more on a file system of larger ones (hugetlbfs)."""
 
+    @property
+    def unmappable(self) -> str:
+        """Why its pages cannot be mapped privately (copy-on-write); empty where they can."""
+
     def view(self, nbytes: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
         """Return the first `nbytes` of the file, read-only; raise `CorruptionError` if it is shorter."""
 

@@ -63,6 +63,9 @@ class Handle:
             self._extents = self._backend.extents if isinstance(self._backend, SupportsExtents) else None
             if mode == "r+":
                 self._backend.restore(self._catalog.backend_state()[1])
+            else:  # segments that are not there are an error now, not at the first gather
+                self._seen, state = self._catalog.backend_state()
+                self._backend.refresh(state)
         except BaseException:
             self._catalog.close()
             raise

@@ -97,6 +97,9 @@ def make_plan(extents: Extents, nbytes: int, strategy: Strategy, *, free_vmas: i
 
 
 def _obstacle(extents: Extents, nbytes: int, vmas: int, free_vmas: int) -> str:
+    for segment in extents.segments:
+        if segment.unmappable:
+            return segment.unmappable
     page = max(segment.page for segment in extents.segments)
     if nbytes % page or (extents.offset % page).any():
         return (
