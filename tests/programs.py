@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 
 def run_program(folder: Path, text: str, *arguments: Any, wrapper: tuple[str, ...] = (), timeout: float = 180) -> str:
@@ -33,3 +36,17 @@ def run_program(folder: Path, text: str, *arguments: Any, wrapper: tuple[str, ..
         raise AssertionError(f"the program hung for {timeout} s\n{out}\n{err}") from None
     assert process.returncode == 0, f"status {process.returncode}\n{out}\n{err}"
     return out
+
+
+def private_mount(at: Path, kind: str, options: str) -> tuple[str, ...]:
+    """Return the command that runs another one where a file system is mounted at `at`, seen by nobody else; or skip."""
+    at.mkdir()
+    namespaces = ["--mount"] if os.geteuid() == 0 else ["--user", "--map-root-user", "--mount"]
+    mount = f'mount -t {kind} -o {options} none "{at}" && exec "$@"'
+    wrapper = ("unshare", *namespaces, "sh", "-c", mount, "sh")
+    try:
+        subprocess.run([*wrapper, "true"], check=True, capture_output=True, timeout=60)
+    except (OSError, subprocess.SubprocessError) as error:
+        reason = (getattr(error, "stderr", None) or b"").decode().strip()
+        pytest.skip(f"this user cannot mount a {kind} with {options} in a namespace of its own: {error} {reason}")
+    return wrapper

@@ -78,6 +78,9 @@ class ArenaBackend(ValueBackend):
         # tmpfs: what a put gained is in the table. What it did not ask for (a mount with huge=always), and what a page
         # cache holds, is measured; not for records that cannot be mapped whatever their pages are.
         self._measures = not (self._system.in_memory and options["huge_pages"]) and self._system.kind != "hugetlbfs"
+        # What is read from a disk in folios of 2 MiB can be mapped as huge pages from then on. For smaller records the
+        # disk would read several times what was asked for.
+        self._prefers_huge = options["huge_pages"] and not self._system.in_memory and spec.nbytes >= vm.HUGE
         self._looks = self._measures and spec.nbytes % vm.PAGE == 0
 
     @classmethod
@@ -156,6 +159,7 @@ class ArenaBackend(ValueBackend):
             self._system,
             self._capacity,
             huge=self.options["huge_pages"],
+            prefer_huge=self._prefers_huge,
             create=create,
             writable=self.writable,
         )

@@ -89,8 +89,8 @@ def note(system: vm.FileSystem, share: float, *, wanted: bool, dax: bool, nbytes
         return "the store was created with huge_pages=False; memodb.copy() makes another with huge pages"
     if dax:
         return (
-            "not all extents of the segments are aligned to 2 MiB on the device: on a namespace aligned to 2 MiB, make "
-            "the file system with mkfs.ext4 -b 4096 -E stride=512,stripe_width=512, or mkfs.xfs -d su=2m,sw=1"
+            "not all extents of the segments are aligned to 2 MiB on the device: make the namespace with an alignment "
+            "of 2 MiB, on it ext4 with blocks of 4 KiB (which aligns them), or xfs with mkfs.xfs -d su=2m,sw=1"
         )
     if system.in_memory:
         return _why_not_tmpfs()

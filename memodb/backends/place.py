@@ -9,7 +9,7 @@ import shutil
 from pathlib import Path
 
 from memodb import vm
-from memodb.errors import StoreFullError, StoreNotFoundError
+from memodb.errors import StoreAccessError, StoreFullError, StoreNotFoundError
 
 
 class Place:
@@ -26,6 +26,8 @@ class Place:
     ------
     StoreNotFoundError
         If the file system that `elsewhere` was on is gone.
+    StoreAccessError
+        If the operating system refuses access to it.
     """
 
     def __init__(self, own: Path, elsewhere: str | None) -> None:
@@ -36,6 +38,11 @@ class Place:
             self.system = vm.filesystem(self.directory.parent if self._outside else own)
         except FileNotFoundError as error:
             raise self._missing() from error
+        except PermissionError as error:
+            raise StoreAccessError(
+                f"{self.directory}, where the records of {self._store} lie, cannot be reached: {error.strerror}; ask "
+                "its owner for access"
+            ) from error
 
     def _missing(self) -> StoreNotFoundError:
         return StoreNotFoundError(

@@ -39,7 +39,9 @@ class SegmentFile:
     capacity
         Bytes it may grow to, a multiple of the huge page size: so much address space is reserved for it.
     huge
-        Whether huge pages are wanted.
+        Whether to ask for huge pages when it grows (tmpfs).
+    prefer_huge
+        Whether what is read from it through the mapping shall come into the page cache in huge pages.
     create
         Make the file (it must not exist) instead of opening it read-only.
     writable
@@ -53,6 +55,7 @@ class SegmentFile:
         capacity: int,
         *,
         huge: bool,
+        prefer_huge: bool = False,
         create: bool = False,
         writable: bool = False,
     ) -> None:
@@ -93,9 +96,7 @@ class SegmentFile:
             vm.unmap(address, capacity)
             raise
         self.address = address
-        if huge and system.kind != "hugetlbfs":
-            # What is read from a disk through this mapping then comes in folios of 2 MiB: random records 2.5 times as
-            # quickly, and fit to be mapped as huge pages from then on.
+        if prefer_huge:
             vm.prefer_huge(address, capacity)
 
     def __del__(self) -> None:
