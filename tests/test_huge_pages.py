@@ -37,6 +37,18 @@ def test_stats_of_tmpfs(make, path):
         assert told(reader) == (kind, share, note)
 
 
+def test_info_tells_file_system_share_and_reason(make, path, capsys):
+    from memodb.cli import main
+
+    make(shape=(1024,)).put(np.ones((3, 1024), np.float32))
+    assert main(["info", str(path)]) == 0
+    out = capsys.readouterr().out
+    kind = memodb.MemoDB.open(path).stats()["filesystem"]
+    for name, value in (("filesystem", kind), ("values_path", str(path / "values")), ("huge_page_share", "")):
+        assert any(line.split()[:1] == [name] and value in line for line in out.splitlines())
+    assert "huge_page_note" in out
+
+
 def test_stats_say_that_nobody_asked_for_huge_pages(make):
     db = make(shape=HUGE, dtype="uint16", huge_pages=False)
     db.put(random_records(4, HUGE, "uint16"))
