@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -41,12 +40,16 @@ def run_program(folder: Path, text: str, *arguments: Any, wrapper: tuple[str, ..
 def private_mount(at: Path, kind: str, options: str) -> tuple[str, ...]:
     """Return the command that runs another one where a file system is mounted at `at`, seen by nobody else; or skip."""
     at.mkdir()
-    namespaces = ["--mount"] if os.geteuid() == 0 else ["--user", "--map-root-user", "--mount"]
     mount = f'mount -t {kind} -o {options} none "{at}" && exec "$@"'
-    wrapper = ("unshare", *namespaces, "sh", "-c", mount, "sh")
-    try:
-        subprocess.run([*wrapper, "true"], check=True, capture_output=True, timeout=60)
-    except (OSError, subprocess.SubprocessError) as error:
-        reason = (getattr(error, "stderr", None) or b"").decode().strip()
-        pytest.skip(f"this user cannot mount a {kind} with {options} in a namespace of its own: {error} {reason}")
-    return wrapper
+    refused = []
+    # Root of the machine, where the tests run as that; else of a user namespace, which may mount tmpfs as well.
+    for namespaces in (["--mount"], ["--user", "--map-root-user", "--mount"]):
+        wrapper = ("unshare", *namespaces, "sh", "-c", mount, "sh")
+        try:
+            subprocess.run([*wrapper, "true"], check=True, capture_output=True, timeout=60)
+            return wrapper
+        except subprocess.CalledProcessError as error:
+            refused.append(error.stderr.decode().strip())
+        except (OSError, subprocess.TimeoutExpired) as error:
+            refused.append(str(error))
+    pytest.skip(f"this user cannot mount a {kind} with {options}: {'; '.join(refused)}")

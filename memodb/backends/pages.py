@@ -36,7 +36,7 @@ def measured_share(address: int, nbytes: int, *, resident: bool | None) -> float
     Returns
     -------
     float
-        0 to 1; NaN where nothing of it is in memory, or the kernel does not tell (before Linux 6.7).
+        0 to 1; NaN where nothing of it is known to be in memory, or the kernel does not tell (before Linux 6.7).
     """
     ranges = nbytes // vm.HUGE
     chosen = sorted({i * ranges // min(ranges, _SAMPLES) for i in range(min(ranges, _SAMPLES))})
@@ -82,9 +82,10 @@ def note(system: vm.FileSystem, share: float, *, wanted: bool, dax: bool, nbytes
     if math.isnan(share):
         if vm.entered_pages(0, 0) is None:
             return (
-                f"this kernel does not tell how {system.kind} is mapped (Linux 6.7 and later do), so batches are copied"
+                f"this kernel does not tell how {system.kind} is mapped, so its pages count as small (Linux 6.7 and "
+                "later tell, where /proc/self/pagemap can be read)"
             )
-        return f"nothing that was looked at is in the page cache of {system.kind} now: ask again after reading records"
+        return f"nothing is known to be in the page cache of {system.kind} now: ask again after reading records"
     if not wanted:
         return "the store was created with huge_pages=False; memodb.copy() makes another with huge pages"
     if dax:
