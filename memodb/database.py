@@ -245,7 +245,7 @@ class MemoDB(Handle):
         limit = self._catalog.settings["max_bytes"]
         if limit is None:
             return
-        used = self._backend.usage().bytes_on_store + self._catalog.usage()
+        used = self._backend.bytes_on_store() + self._catalog.usage()
         more = self._backend.append_bytes(n) + self._catalog.growth(n)
         if used + more > limit:
             raise StoreFullError(
@@ -289,7 +289,7 @@ class MemoDB(Handle):
         """
         self._check_writable()
         with self._lock:
-            before = self._backend.usage().bytes_on_store
+            before = self._backend.bytes_on_store()
             live_ids, rows = self._catalog.live()
             victims = self._backend.victims(rows["locator"])
             for done, victim in enumerate(victims):
@@ -301,7 +301,7 @@ class MemoDB(Handle):
                 if progress is not None:
                     progress(done + 1, len(victims))
             self._catalog.drop_dead_keys()
-            return before - self._backend.usage().bytes_on_store
+            return before - self._backend.bytes_on_store()
 
     def _rewrite(self, victim: Victim, locators: Locators) -> Locators:
         try:
@@ -572,6 +572,8 @@ class MemoDB(Handle):
             "bytes_catalog": self._catalog.usage(),
             "huge_page_share": usage.huge_bytes / usage.bytes_on_store if usage.bytes_on_store else 0.0,
             "huge_page_note": usage.huge_note,
+            "filesystem": usage.filesystem,
+            "values_path": usage.place,
             "indexes_loaded": self._indexes.loaded(),
             **self._counters.to_dict(),
         }

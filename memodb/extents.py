@@ -31,6 +31,10 @@ class SegmentView(Protocol):
     def read_into(self, offset: int, out: np.ndarray[Any, np.dtype[np.uint8]]) -> None:
         """Copy bytes from `offset` on into `out`, C-contiguous; raise `CorruptionError` where they cannot be read."""
 
+    @property
+    def unmappable(self) -> str:
+        """Why its pages cannot be mapped privately (copy-on-write); empty where they can."""
+
     def view(self, nbytes: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
         """Return the first `nbytes` of the file, read-only; raise `CorruptionError` if it is shorter."""
 

@@ -19,12 +19,12 @@ from memodb.backends.base import SupportsExtents, ValueBackend
 from memodb.catalog import Catalog
 from memodb.counters import Counters
 from memodb.errors import (
+    BackendNotFoundError,
     ClosedError,
     CorruptionError,
-    InvalidOptionError,
-    InvalidRecordError,
     MemoDBError,
     ReadOnlyError,
+    StoreNotFoundError,
 )
 from memodb.gather.gather import Source, closed, forget_pages, opened
 from memodb.gather.prefetch import Prefetched
@@ -70,6 +70,9 @@ class Handle:
             self._extents = self._backend.extents if isinstance(self._backend, SupportsExtents) else None
             if mode == "r+":
                 self._backend.restore(self._catalog.backend_state()[1])
+            else:  # segments that are not there are an error now, not at the first gather
+                self._seen, state = self._catalog.backend_state()
+                self._backend.refresh(state)
         except BaseException:
             self._catalog.close()
             raise
@@ -89,17 +92,17 @@ class Handle:
         values = self._path / layout.VALUES
         try:
             spec = RecordSpec.of(stored["shape"], stored["dtype"])
-            loaded = registry.load(stored["backend"])
-            options = loaded.check_options(stored["options"], spec, room=1 << 62)
-        except (KeyError, TypeError, InvalidOptionError, InvalidRecordError) as error:
-            raise CorruptionError(
-                f"the settings of {self._path} cannot be used ({error}): they are damaged, or another version of "
-                "memodb wrote them; restore the store from a copy"
-            ) from error
-        try:
-            return spec, loaded(values, spec, options, writable=self._mode == "r+")
+            backend = registry.load(stored["backend"])
+            return spec, backend(values, spec, stored["options"], writable=self._mode == "r+")
+        except (StoreNotFoundError, BackendNotFoundError):
+            raise
         except FileNotFoundError as error:
             raise CorruptionError(f"{values} is missing ({error}); restore the store from a copy") from error
+        except (LookupError, TypeError, ValueError) as error:
+            raise CorruptionError(
+                f"the settings of {self._path} cannot be used ({type(error).__name__}: {error}): they are damaged, or "
+                "another version of memodb wrote them; restore the store from a copy"
+            ) from error
 
     def close(self) -> None:
         """Close the store (a writer saves its large indexes first).

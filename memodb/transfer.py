@@ -70,6 +70,7 @@ def copy(
             with dst:
                 _copy_records(src, dst, progress)
         except BaseException:
+            dst._backend.remove()
             shutil.rmtree(dst.path, ignore_errors=True)
             raise
 

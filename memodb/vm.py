@@ -1,8 +1,8 @@
 """The virtual-memory calls memodb lives on, and the only place that makes them.
 
-Thin, typed wrappers over mmap(2), munmap(2), madvise(2), fallocate(2) and statfs(2). Addresses are plain integers;
-errors are `OSError` with the kernel's errno, for the rooms above to put into the caller's words. Constants are those of
-the Linux man pages.
+Thin, typed wrappers over mmap(2), munmap(2), madvise(2), mincore(2), statfs(2), statx(2) and PAGEMAP_SCAN. Addresses
+are plain integers; errors are `OSError` with the kernel's errno, for the rooms above to put into the caller's words.
+Constants are those of the Linux man pages.
 """
 
 from __future__ import annotations
@@ -10,8 +10,11 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import fcntl
 import mmap
 import os
+import struct
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -27,7 +30,12 @@ _MAP_FAILED = ctypes.c_void_p(-1).value
 
 #: f_type of statfs(2): file systems whose bytes are memory.
 _MEMORY_FILESYSTEMS = {0x01021994: "tmpfs", 0x958458F6: "hugetlbfs", 0x858458F6: "ramfs"}
-_OTHER_FILESYSTEMS = {0xEF53: "ext", 0x58465342: "xfs", 0x9123683E: "btrfs", 0x6969: "nfs", 0x794C7630: "overlayfs"}
+_OTHER_FILESYSTEMS = {0xEF53: "ext4", 0x58465342: "xfs", 0x9123683E: "btrfs", 0x6969: "nfs", 0x794C7630: "overlayfs"}
+_AT_EMPTY_PATH, _STATX_ATTR_DAX = 0x1000, 0x200000
+#: ioctl(2) of /proc/self/pagemap (Linux 6.7): _IOWR('f', 16, struct pm_scan_arg), and its categories.
+_PAGEMAP_SCAN = 0xC0606610
+_PAGE_IS_PRESENT, _PAGE_IS_HUGE = 1 << 3, 1 << 6
+_SCAN, _REGION, _REGIONS = struct.Struct("=12Q"), struct.Struct("=3Q"), 64
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mmap.restype = ctypes.c_void_p
@@ -36,6 +44,8 @@ _libc.munmap.restype = ctypes.c_int
 _libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
 _libc.madvise.restype = ctypes.c_int
 _libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+_libc.mincore.restype = ctypes.c_int
+_libc.mincore.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p]
 _libc.statfs.restype = ctypes.c_int
 _libc.statfs.argtypes = [ctypes.c_char_p, ctypes.c_void_p]
 
@@ -97,7 +107,9 @@ def map_private(address: int, nbytes: int, fd: int, offset: int) -> None:
 
 def map_shared(address: int, nbytes: int, fd: int, offset: int, *, writable: bool = False) -> None:
     """Lay the file's own pages over a reserved range."""
-    _mmap(address, nbytes, PROT_READ | (PROT_WRITE if writable else 0), MAP_SHARED | MAP_FIXED, fd, offset)
+    # hugetlbfs would set pages of its pool aside for the whole range; elsewhere MAP_NORESERVE means nothing here.
+    flags = MAP_SHARED | MAP_FIXED | MAP_NORESERVE
+    _mmap(address, nbytes, PROT_READ | (PROT_WRITE if writable else 0), flags, fd, offset)
 
 
 def map_nothing(address: int, nbytes: int) -> None:
@@ -159,15 +171,106 @@ def collapse(address: int, nbytes: int) -> bool:
     return False
 
 
-def filesystem(path: str | os.PathLike[str]) -> tuple[str, bool]:
-    """Name the file system that holds `path`, and tell whether its bytes are memory (statfs(2))."""
+def can_collapse() -> bool:
+    """Tell whether the kernel knows MADV_COLLAPSE: an empty range is refused only where it does not."""
+    return bool(_libc.madvise(0, 0, MADV_COLLAPSE) == 0)
+
+
+def prefer_huge(address: int, nbytes: int) -> None:
+    """Ask for huge pages in this range (MADV_HUGEPAGE): of a file, those that are read into the page cache from now on.
+
+    Advice only; a kernel without transparent huge pages refuses it, and nothing is lost.
+    """
+    _libc.madvise(address, nbytes, MADV_HUGEPAGE)
+
+
+def in_core(address: int) -> bool:
+    """Tell whether the page at this mapped address is in memory (mincore(2)).
+
+    To a process that neither owns nor may write the file the kernel says yes for every page.
+    """
+    found = ctypes.c_ubyte()
+    if _libc.mincore(address, PAGE, ctypes.byref(found)) != 0:
+        raise _fail("mincore")
+    return bool(found.value & 1)
+
+
+def entered_pages(address: int, nbytes: int) -> tuple[int, int] | None:
+    """Return how many bytes of the range are in the page table, and how many of those by entries of huge pages.
+
+    Nothing is read or changed. None where the kernel cannot tell (before Linux 6.7).
+    """
+    present = huge = 0
+    regions = ctypes.create_string_buffer(_REGION.size * _REGIONS)
+    start, end = address, address + nbytes
+    try:
+        # Opened each time: a descriptor that a fork inherited shows the parent's page table.
+        fd = os.open("/proc/self/pagemap", os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return None
+    try:
+        while start < end:
+            query = bytearray(
+                _SCAN.pack(
+                    _SCAN.size, 0, start, end, 0, ctypes.addressof(regions), _REGIONS, 0,
+                    0, _PAGE_IS_PRESENT, 0, _PAGE_IS_PRESENT | _PAGE_IS_HUGE,
+                )
+            )  # fmt: skip
+            n = fcntl.ioctl(fd, _PAGEMAP_SCAN, query)
+            for i in range(n):
+                first, behind, categories = _REGION.unpack_from(regions, i * _REGION.size)
+                present += behind - first
+                huge += (behind - first) if categories & _PAGE_IS_HUGE else 0
+            start = _SCAN.unpack(query)[4]
+    except OSError:
+        return None
+    finally:
+        os.close(fd)
+    return present, huge
+
+
+@dataclass(frozen=True, slots=True)
+class FileSystem:
+    """What a file system is.
+
+    Parameters
+    ----------
+    kind
+        Its name, such as "tmpfs" or "ext4"; its number where we have no name for it.
+    in_memory
+        Whether its bytes are memory.
+    page
+        Bytes of the smallest page its files can be mapped in.
+    """
+
+    kind: str
+    in_memory: bool
+    page: int = PAGE
+
+
+def filesystem(path: str | os.PathLike[str]) -> FileSystem:
+    """Tell what file system holds `path` (statfs(2))."""
     buffer = ctypes.create_string_buffer(256)
     if _libc.statfs(os.fsencode(path), buffer) != 0:
         raise _fail(f"statfs({os.fspath(path)})")
-    kind = ctypes.c_long.from_buffer(buffer).value & 0xFFFFFFFF
-    if kind in _MEMORY_FILESYSTEMS:
-        return _MEMORY_FILESYSTEMS[kind], True
-    return _OTHER_FILESYSTEMS.get(kind, hex(kind)), False
+    number, block = struct.unpack_from("=qq" if ctypes.sizeof(ctypes.c_long) == 8 else "=ll", buffer)
+    number &= 0xFFFFFFFF
+    if number in _MEMORY_FILESYSTEMS:
+        kind = _MEMORY_FILESYSTEMS[number]
+        return FileSystem(kind, True, block if kind == "hugetlbfs" else PAGE)
+    return FileSystem(_OTHER_FILESYSTEMS.get(number, hex(number)), False)
+
+
+def is_dax(fd: int) -> bool:
+    """Tell whether an open file is accessed directly in persistent memory, without a page cache (statx(2))."""
+    buffer = ctypes.create_string_buffer(256)  # struct statx: stx_mask u32, stx_blksize u32, stx_attributes u64, ...
+    try:
+        statx = _libc.statx
+    except AttributeError:  # a C library without it
+        return False
+    if statx(ctypes.c_int(fd), b"", ctypes.c_int(_AT_EMPTY_PATH), ctypes.c_uint(0), buffer) != 0:
+        return False
+    return bool(struct.unpack_from("=Q", buffer, 8)[0] & _STATX_ATTR_DAX)
 
 
 class Span:

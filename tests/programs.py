@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 
 def run_program(folder: Path, text: str, *arguments: Any, wrapper: tuple[str, ...] = (), timeout: float = 180) -> str:
     """Run a Python program from a file in `folder` and return what it printed.
@@ -33,3 +35,21 @@ def run_program(folder: Path, text: str, *arguments: Any, wrapper: tuple[str, ..
         raise AssertionError(f"the program hung for {timeout} s\n{out}\n{err}") from None
     assert process.returncode == 0, f"status {process.returncode}\n{out}\n{err}"
     return out
+
+
+def private_mount(at: Path, kind: str, options: str) -> tuple[str, ...]:
+    """Return the command that runs another one where a file system is mounted at `at`, seen by nobody else; or skip."""
+    at.mkdir()
+    mount = f'mount -t {kind} -o {options} none "{at}" && exec "$@"'
+    refused = []
+    # Root of the machine, where the tests run as that; else of a user namespace, which may mount tmpfs as well.
+    for namespaces in (["--mount"], ["--user", "--map-root-user", "--mount"]):
+        wrapper = ("unshare", *namespaces, "sh", "-c", mount, "sh")
+        try:
+            subprocess.run([*wrapper, "true"], check=True, capture_output=True, timeout=60)
+            return wrapper
+        except subprocess.CalledProcessError as error:
+            refused.append(error.stderr.decode().strip())
+        except (OSError, subprocess.TimeoutExpired) as error:
+            refused.append(str(error))
+    pytest.skip(f"this user cannot mount a {kind} with {options}: {'; '.join(refused)}")

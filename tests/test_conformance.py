@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, settings
 
-from memodb.testing import BackendTests, StoreMachine
+import memodb
+from memodb.testing import BackendTests, StoreMachine, flip_stored_byte
 
 #: Examples of each state machine; more of them: MEMODB_EXAMPLES=300.
 EXAMPLES = int(os.environ.get("MEMODB_EXAMPLES", "15"))
@@ -35,6 +36,23 @@ class TestArenaOnDisk(BackendTests):
     @pytest.fixture
     def folder(self, disk):
         return disk
+
+
+class TestArenaElsewhere(BackendTests):
+    """Catalog in memory, segments on a disk."""
+
+    backend = "arena"
+
+    @pytest.fixture
+    def folder(self, shm, disk):
+        self.segments = disk
+        return shm
+
+    def create(self, path, **settings):
+        return memodb.MemoDB.create(path, segments_path=str(self.segments), **settings)
+
+    def damage(self, path, record, at):
+        return flip_stored_byte(self.segments, record, at)
 
 
 class ArenaInMemory(StoreMachine):

@@ -1,10 +1,8 @@
 """No room left: a named error, the old records readable, the space used again after delete and compact."""
 
-import subprocess
-
 import numpy as np
 import pytest
-from programs import run_program
+from programs import private_mount, run_program
 
 import memodb
 from memodb.testing import assert_same_bytes, random_records
@@ -101,14 +99,7 @@ print("ok")
 
 def small_tmpfs(folder, megabytes):
     """Return the command that runs another one where `folder`/small is a tmpfs of that size, or skip."""
-    (folder / "small").mkdir()
-    mount = f'mount -t tmpfs -o size={megabytes}m tmpfs "{folder}/small" && exec "$@"'
-    wrapper = ("unshare", "--user", "--map-root-user", "--mount", "sh", "-c", mount, "sh")
-    try:
-        subprocess.run([*wrapper, "true"], check=True, capture_output=True, timeout=60)
-    except (OSError, subprocess.CalledProcessError) as error:
-        pytest.skip(f"this machine lets no user mount a tmpfs in a namespace of its own: {error}")
-    return wrapper
+    return private_mount(folder / "small", "tmpfs", f"size={megabytes}m")
 
 
 @pytest.mark.parametrize("megabytes", [24, 33])

@@ -212,3 +212,25 @@ def test_stats_count_what_was_done(make):
     assert grown["bytes_mapped"] == 3 * 8192
     assert grown["bytes_copied"] == 2 * 8192
     assert grown["searches"] >= 1
+
+
+@pytest.mark.parametrize("shape", [(1, 1_769_472), (3, 196_608)], ids=["3.4 MiB", "1.1 MiB"])
+def test_adjacent_records_keep_their_huge_pages(make, shape):
+    """Records of no whole number of huge pages: a batch of neighbours begins where huge pages can stay whole."""
+    from memodb import vm
+
+    values = random_records(20, shape, "uint16")
+    db = make(shape=shape, dtype="uint16")
+    ids = db.put(values)
+    huge = db.stats()["huge_page_share"] == 1
+    for wanted in (ids[1:19], ids[[7, 8, 9, 10, 11, 12, 2]], ids[3:4], ids[[12, 4, 5, 6, 7, 8, 9, 10]], ids[::-1]):
+        with db.multiget_mapped(wanted, strategy="map") as batch:
+            assert_same_bytes(batch.numpy(), values[wanted])
+            first = batch.numpy().ctypes.data
+            assert first % vm.PAGE == 0
+            start = vm.round_up(first, vm.HUGE)
+            entered = vm.entered_pages(start, (first + batch.nbytes - start) // vm.HUGE * vm.HUGE)
+            if huge and entered is not None and np.array_equal(wanted, ids[1:19]):
+                assert entered[1] == entered[0] > 0
+            batch.numpy(writable=True)[:] = 0
+    assert_same_bytes(db.multiget(ids), values)

@@ -9,6 +9,7 @@ does.
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import struct
 import threading
@@ -20,6 +21,8 @@ import numpy as np
 
 from memodb import vm
 from memodb.backends.base import Locators, Usage, ValueBackend, Values, Victim, take_options
+from memodb.backends.pages import note
+from memodb.backends.place import Place, is_writable_directory, own_directory
 from memodb.backends.segment import SegmentFile
 from memodb.errors import CorruptionError
 from memodb.extents import Extents
@@ -31,6 +34,8 @@ _SLOT_MASK = np.uint64(0xFFFFFFFF)
 _SUFFIX = ".seg"
 #: The state begins with the number that the next segment gets.
 _NEXT = struct.Struct("<Q")
+#: Segments that `usage` looks at where pages are measured.
+_LOOKED_AT = 8
 
 
 def _segment_bytes(spec: RecordSpec, room: int) -> int:
@@ -55,6 +60,10 @@ class ArenaBackend(ValueBackend):
         did not.
     huge_pages : bool
         Ask for huge pages (default True).
+    segments_path : str
+        An existing directory, on any file system (hugetlbfs, a tmpfs, DAX), to keep the segments in, instead of in the
+        store's own directory. The store makes a directory of its own in there, and what is persisted is the path of
+        that one. It stays there when the store is moved, and is left behind when the store's directory is deleted.
     """
 
     name: ClassVar[str] = "arena"
@@ -63,8 +72,6 @@ class ArenaBackend(ValueBackend):
     def __init__(self, path: Path, spec: RecordSpec, options: Mapping[str, Any], *, writable: bool) -> None:
         super().__init__(path, spec, options, writable=writable)
         self._slots = min(max(options["segment_bytes"] // spec.nbytes, 1), int(_SLOT_MASK))
-        self._full = vm.round_up(self._slots * spec.nbytes, vm.PAGE)
-        self._capacity = vm.round_up(self._full, vm.HUGE)
         self._table = np.zeros(0, _ENTRY)
         self._next = 1
         self._open: dict[int, SegmentFile] = {}
@@ -73,12 +80,23 @@ class ArenaBackend(ValueBackend):
         self._lock = threading.RLock()
         if writable:
             path.mkdir(exist_ok=True)
-        self.filesystem, self._in_memory = vm.filesystem(path)
+        self._place = Place(path, options.get("segments_path"))
+        self._system = self._place.system
+        self._unit = max(vm.HUGE, self._system.page)
+        self._full = vm.round_up(self._slots * spec.nbytes, self._system.page)
+        self._capacity = vm.round_up(self._full, self._unit)
+        # tmpfs: what a put gained is in the table. What it did not ask for (a mount with huge=always), and what a page
+        # cache holds, is measured; not for records that cannot be mapped whatever their pages are.
+        self._measures = not (self._system.in_memory and options["huge_pages"]) and self._system.kind != "hugetlbfs"
+        # What is read from a disk in folios of 2 MiB can be mapped as huge pages from then on. For smaller records the
+        # disk would read several times what was asked for.
+        self._prefers_huge = options["huge_pages"] and not self._system.in_memory and spec.nbytes >= vm.HUGE
+        self._looks = self._measures and spec.nbytes % vm.PAGE == 0
 
     @classmethod
     def check_options(cls, options: Mapping[str, Any], spec: RecordSpec, *, room: int) -> dict[str, Any]:
         """Return the options to persist, defaults filled in (see `ValueBackend.check_options`)."""
-        return take_options(
+        taken = take_options(
             cls.name,
             options,
             {
@@ -89,8 +107,16 @@ class ArenaBackend(ValueBackend):
                 ),
                 "durability": ("full", lambda v: v in ("full", "relaxed"), '"full" or "relaxed"'),
                 "huge_pages": (True, lambda v: isinstance(v, bool), "True or False"),
+                "segments_path": (
+                    None,
+                    lambda v: v is None or is_writable_directory(v),
+                    "the path of an existing directory that can be written",
+                ),
             },
         )
+        if taken["segments_path"] is not None:
+            taken["segments_path"] = own_directory(taken["segments_path"])
+        return taken
 
     # --- writing ---
 
@@ -104,12 +130,7 @@ class ArenaBackend(ValueBackend):
             used = int(entry["used"])
             n = min(len(values) - done, self._slots - used)
             allocated, gained = segment.write(
-                used * self.spec.nbytes,
-                values[done : done + n],
-                int(entry["allocated"]),
-                self._full,
-                in_memory=self._in_memory,
-                huge=self.options["huge_pages"],
+                used * self.spec.nbytes, values[done : done + n], int(entry["allocated"]), self._full
             )
             locators[done : done + n] = (np.uint64(entry["number"]) << _SLOT_BITS) + np.arange(
                 used, used + n, dtype=np.uint64
@@ -136,29 +157,37 @@ class ArenaBackend(ValueBackend):
 
     def _allocation(self, wanted: int, allocated: int) -> int:
         """Return by how much a segment of `allocated` bytes grows to hold `wanted` more."""
-        return max(0, min(vm.round_up(wanted, vm.HUGE), int(self._full) - allocated))
+        return max(0, min(vm.round_up(wanted, self._unit), int(self._full) - allocated))
 
     def _tail(self) -> Any:
         if len(self._table) and self._table[-1]["used"] < self._slots and not self._table[-1]["sealed"]:
             return self._table[-1]
         number = self._next
-        self._open[number] = SegmentFile(self._file(number), self._capacity, create=True, in_memory=self._in_memory)
+        self._place.make()
+        self._open[number] = self._segment_file(number, create=True)
         self._next += 1
         self._directory_unsynced = True
         self._table = np.concatenate([self._table, np.array([(number, 0, 0, 0, 0)], _ENTRY)])
         return self._table[-1]
 
+    def _segment_file(self, number: int, *, create: bool = False) -> SegmentFile:
+        return SegmentFile(
+            self._file(number),
+            self._system,
+            self._capacity,
+            huge=self.options["huge_pages"],
+            prefer_huge=self._prefers_huge,
+            create=create,
+            writable=self.writable,
+        )
+
     def sync(self) -> None:
         """Flush what was appended, and the directory of a new segment (tmpfs and durability "relaxed": nothing)."""
-        if self.options["durability"] == "full" and not self._in_memory:
+        if self.options["durability"] == "full" and not self._system.in_memory:
             for number in self._unsynced:
                 self._segment(number).sync()
             if self._directory_unsynced:
-                fd = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-                try:
-                    os.fsync(fd)
-                finally:
-                    os.close(fd)
+                self._place.sync()
         self._unsynced.clear()
         self._directory_unsynced = False
 
@@ -170,7 +199,7 @@ class ArenaBackend(ValueBackend):
         """Go back to the committed table of segments: cut leftovers off, remove segments that no commit knows."""
         self._parse(state)
         known = {int(n): int(a) for n, a in zip(self._table["number"], self._table["allocated"], strict=True)}
-        for file in self.path.glob(f"*{_SUFFIX}"):
+        for file in self._place.directory.glob(f"*{_SUFFIX}"):
             if not (file.stem.isdigit() and int(file.stem) in known):
                 file.unlink(missing_ok=True)
         with self._lock:
@@ -195,6 +224,8 @@ class ArenaBackend(ValueBackend):
     def _parse(self, state: bytes) -> None:
         if not state:  # a store that nothing was put into yet
             state = _NEXT.pack(1)
+        if len(state) > _NEXT.size:
+            self._place.require()
         if (len(state) - _NEXT.size) % _ENTRY.itemsize:
             raise CorruptionError(f"the table of segments of {self.path} is damaged; restore the store from a copy")
         self._next = _NEXT.unpack_from(state)[0]
@@ -202,6 +233,8 @@ class ArenaBackend(ValueBackend):
         self._flag_huge()
 
     def _flag_huge(self) -> None:
+        if self._measures:
+            return
         for entry in self._table:
             segment = self._open.get(int(entry["number"]))
             if segment is not None and entry["allocated"]:
@@ -210,15 +243,13 @@ class ArenaBackend(ValueBackend):
     # --- reading ---
 
     def _file(self, number: int) -> Path:
-        return self.path / f"{number:08d}{_SUFFIX}"
+        return self._place.directory / f"{number:08d}{_SUFFIX}"
 
     def _segment(self, number: int) -> SegmentFile:
         with self._lock:
             segment = self._open.get(number)
             if segment is None:
-                segment = SegmentFile(
-                    self._file(number), self._capacity, writable=self.writable, in_memory=self._in_memory
-                )
+                segment = self._segment_file(number)
                 self._open[number] = segment
                 self._flag_huge()
             return segment
@@ -237,6 +268,10 @@ class ArenaBackend(ValueBackend):
         segments = [self._segment(number) for number in distinct.tolist()]
         for segment, end in zip(segments, ends.tolist(), strict=False):
             segment.require(end + self.spec.nbytes)
+        if self._looks:
+            for number, segment in zip(distinct.tolist(), segments, strict=False):
+                if segment.must_look():
+                    segment.look(self._written(number))
         return Extents(segments, inverse, offsets)
 
     # --- compaction ---
@@ -275,18 +310,49 @@ class ArenaBackend(ValueBackend):
         super().after_fork()
         self._lock = threading.RLock()
 
+    def _written(self, number: int) -> int:
+        return int(self._table["used"][self._table["number"] == number].sum()) * self.spec.nbytes
+
+    def bytes_on_store(self) -> int:
+        """Return allocated bytes."""
+        return int(self._table["allocated"].sum())
+
     def usage(self) -> Usage:
-        """Return allocated and huge bytes, and why pages are small where they are."""
-        allocated, huge = int(self._table["allocated"].sum()), int(self._table["huge"].sum())
-        note = ""
-        if huge < allocated:
-            if not self._in_memory:
-                note = f"{self.filesystem} keeps its own pages; a store on tmpfs (/dev/shm) gets huge pages"
-            elif not self.options["huge_pages"]:
-                note = "the store was created with huge_pages=False"
-            else:
-                note = "the kernel gave no huge pages for the rest: it is older than 6.1, or its memory is fragmented"
-        return Usage(allocated, huge, note)
+        """Return allocated and huge bytes, where they lie, and why pages are small where they are."""
+        allocated, huge = self.bytes_on_store(), float(self._table["huge"].sum())
+        share, dax = huge / allocated if allocated else 0.0, False
+        if self._measures and allocated:
+            share, dax = self._measured()
+            huge = 0.0 if math.isnan(share) else share * allocated
+        why = note(
+            self._system,
+            share,
+            wanted=self.options["huge_pages"],
+            dax=dax,
+            nbytes=int(self._table["used"].sum()) * self.spec.nbytes,
+        )
+        kind = f"{self._system.kind}, DAX" if dax else self._system.kind
+        return Usage(allocated, round(huge), why, filesystem=kind, place=os.fspath(self._place.directory))
+
+    def _measured(self) -> tuple[float, bool]:
+        """Return what share of the segments lies on huge pages, from a few of them, and whether they are on DAX."""
+        numbers = self._table["number"].tolist()
+        shares, weights, dax = [], [], False
+        for number in numbers[:: -(-len(numbers) // _LOOKED_AT)]:
+            with contextlib.suppress(OSError):  # reads and verify() tell of a missing segment
+                segment, written = self._segment(number), self._written(number)
+                segment.require(written)
+                segment.look(written)
+                dax |= segment.dax
+                if not math.isnan(segment.known_share):
+                    shares.append(segment.known_share)
+                    weights.append(max(written, 1))
+        return (float(np.average(shares, weights=weights)) if shares else math.nan), dax
+
+    def remove(self) -> None:
+        """Remove the segments, wherever they lie."""
+        super().remove()
+        self._place.remove()
 
     def close(self) -> None:
         """Forget the segments; those that batches hold stay open until they die."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -30,11 +31,18 @@ class Usage:
         How many of them lie on huge pages.
     huge_note
         Why not all of them do, and what could be done; empty where nothing can be gained.
+    filesystem
+        Kind of the file system that holds them ("tmpfs", "ext4", "hugetlbfs", "ext4, DAX"); empty where that does not
+        matter.
+    place
+        Directory that holds them; empty where there is none.
     """
 
     bytes_on_store: int
     huge_bytes: int = 0
     huge_note: str = ""
+    filesystem: str = ""
+    place: str = ""
 
 
 @dataclass(frozen=True)
@@ -156,6 +164,14 @@ class ValueBackend(ABC):
     @abstractmethod
     def usage(self) -> Usage:
         """Return what the store holds."""
+
+    def bytes_on_store(self) -> int:
+        """Return the bytes allocated for records: what `usage` says, where that is asked before every put."""
+        return self.usage().bytes_on_store
+
+    def remove(self) -> None:
+        """Remove everything that this backend keeps, also outside the store's directory; the store is being deleted."""
+        shutil.rmtree(self.path, ignore_errors=True)
 
     @abstractmethod
     def close(self) -> None:

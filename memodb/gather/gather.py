@@ -52,7 +52,7 @@ def gather_batch(
         if plan.map:
             try:
                 window = map_records(source, spec.nbytes, plan)
-                return MappedBatch(POOL.hold(window, total).base, spec, ids, zero_copy=True)
+                return MappedBatch(POOL.hold(window, total, plan.shift).base, spec, ids, zero_copy=True)
             except MappingUnsupportedError:
                 if strategy == "map":
                     raise

@@ -33,11 +33,13 @@ def map_records(extents: Extents, nbytes: int, plan: Plan) -> Range:
     total = n * nbytes
     starts = plan.starts
     try:
-        window = POOL.window(total, len(starts))
+        window = POOL.window(plan.shift + total, len(starts))
     except OSError as error:
         raise _refused(error, total) from error
     try:
-        address, lengths = window.address, None
+        if plan.shift:  # an earlier batch may have left pages there
+            vm.map_nothing(window.address, plan.shift)
+        address, lengths = window.address + plan.shift, None
         if len(starts) < n:
             lengths = [(stop - start) * nbytes for start, stop in _spans(starts.tolist(), n)]
         segment, offset = extents.segment[starts].tolist(), extents.offset[starts].tolist()
@@ -52,7 +54,7 @@ def map_records(extents: Extents, nbytes: int, plan: Plan) -> Range:
             raise _refused(error, total) from error
         raise
     try:
-        _enter_pages(window.address, total, plan.small_pages)
+        _enter_pages(window.address + plan.shift, total, plan.small_pages)
     except BaseException as error:
         POOL.give_back(window, intact=False)
         if isinstance(error, OSError) and error.errno in (errno.EFAULT, errno.ENOMEM, _EHWPOISON, errno.EIO):

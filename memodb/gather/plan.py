@@ -29,6 +29,8 @@ class Plan:
         that was not worth finding out.
     small_pages
         Page-table entries of 4 KiB that a mapping takes.
+    shift
+        Bytes behind a multiple of the huge page size at which a mapped batch shall begin.
     threads
         Threads that a copy goes quickest with.
     """
@@ -36,6 +38,7 @@ class Plan:
     map: bool
     starts: np.ndarray[Any, np.dtype[np.int64]]
     small_pages: int = 0
+    shift: int = 0
     threads: int = 1
 
 
@@ -88,15 +91,19 @@ def make_plan(extents: Extents, nbytes: int, strategy: Strategy, *, free_vmas: i
         if strategy == "map":
             raise MappingUnsupportedError(f'strategy="map": {obstacle}; strategy="auto" copies instead')
         return copy
-    huge, small, loose = _pages(extents, nbytes)
+    shift, whole = _congruent(extents, nbytes, starts)
+    huge, small, loose = _pages(extents, nbytes, whole)
     if strategy == "auto":
         map_seconds = costs.map_seconds(n * nbytes, len(starts), huge=huge, small=small, loose=loose)
         if map_seconds > copy_seconds:
             return copy
-    return Plan(True, starts, small_pages=int(small + loose))
+    return Plan(True, starts, small_pages=int(small + loose), shift=shift)
 
 
 def _obstacle(extents: Extents, nbytes: int, vmas: int, free_vmas: int) -> str:
+    for segment in extents.segments:
+        if segment.unmappable:
+            return segment.unmappable
     page = max(segment.page for segment in extents.segments)
     if nbytes % page or (extents.offset % page).any():
         return (
@@ -118,15 +125,37 @@ def check_strategy(strategy: str) -> None:
         raise InvalidOptionError(f"strategy {strategy!r}: expected one of {', '.join(STRATEGIES)}")
 
 
-def _pages(extents: Extents, nbytes: int) -> tuple[float, float, float]:
-    """Return how many pages a mapping enters: huge ones, 4 KiB parts of huge ones, and 4 KiB pages of their own."""
-    if len(extents.segments) == 1:
-        on_huge = len(extents) * extents.segments[0].huge_share
-    else:
-        on_huge = float(np.array([s.huge_share for s in extents.segments])[extents.segment].sum())
-    small = nbytes / vm.PAGE
-    loose = (len(extents) - on_huge) * small
-    # A huge page stays huge only where address and file offset agree modulo its size, for every record of the batch.
+def _congruent(extents: Extents, nbytes: int, starts: np.ndarray[Any, np.dtype[np.int64]]) -> tuple[int, int]:
+    """Return where the batch shall begin, modulo the size of a huge page, and how many can then be entered whole.
+
+    A huge page stays one entry only where address and file offset agree modulo its size. Records that are multiples of
+    it agree wherever they are wanted. Of others, the runs that agree with one another do if the batch begins right: of
+    adjacent records all, of random ones few.
+    """
+    n = len(extents)
     if nbytes % vm.HUGE == 0 and not (extents.offset % vm.HUGE).any():
-        return on_huge * (nbytes / vm.HUGE), 0.0, loose
-    return 0.0, on_huge * small, loose
+        return 0, n * nbytes // vm.HUGE
+    first = extents.offset[starts]
+    ends = first + np.diff(starts, append=n) * nbytes
+    whole = np.maximum(ends // vm.HUGE + -first // vm.HUGE, 0)
+    if not whole.any():
+        return 0, 0
+    shifts, of = np.unique((first - starts * nbytes) % vm.HUGE, return_inverse=True)
+    votes = np.bincount(of, weights=whole)
+    best = int(votes.argmax())
+    return int(shifts[best]), int(votes[best])
+
+
+def _pages(extents: Extents, nbytes: int, whole: int) -> tuple[float, float, float]:
+    """Return how many pages a mapping enters: huge ones, 4 KiB parts of huge ones, and 4 KiB pages of their own.
+
+    `whole` is how many huge ones there could be at most.
+    """
+    n = len(extents)
+    if len(extents.segments) == 1:
+        share = extents.segments[0].huge_share
+    else:
+        share = float(np.array([s.huge_share for s in extents.segments])[extents.segment].mean())
+    all_small = n * nbytes / vm.PAGE
+    huge = whole * share
+    return huge, all_small * share - huge * (vm.HUGE // vm.PAGE), all_small * (1 - share)

@@ -55,8 +55,8 @@ class Range:
 class Holder(vm.Span):
     """What every array, tensor storage and capsule of a batch keeps alive; its death gives the range back."""
 
-    def __init__(self, pool: Pool, owned: Range, nbytes: int) -> None:
-        super().__init__(owned.address, nbytes, writable=True)
+    def __init__(self, pool: Pool, owned: Range, nbytes: int, shift: int) -> None:
+        super().__init__(owned.address + shift, nbytes, writable=True)
         self._pool = pool
         self._range = owned
 
@@ -235,9 +235,9 @@ class Pool:
         """Return the bytes of memory that wait for the next batch."""
         return sum(r.nbytes for r in list(self._buffers)) + sum(r.filled for r in list(self._kept))
 
-    def hold(self, owned: Range, nbytes: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
-        """Return the first `nbytes` of a range as an array whose base gives the range back when it dies."""
-        return Holder(self, owned, nbytes).array()
+    def hold(self, owned: Range, nbytes: int, shift: int = 0) -> np.ndarray[Any, np.dtype[np.uint8]]:
+        """Return `nbytes` of a range, from `shift` on, as an array whose base gives the range back when it dies."""
+        return Holder(self, owned, nbytes, shift).array()
 
 
 POOL = Pool()

@@ -1,0 +1,98 @@
+"""The directory that segments lie in: the store's own, or one on another file system (option ``segments_path``)."""
+
+from __future__ import annotations
+
+import errno
+import os
+import secrets
+import shutil
+from pathlib import Path
+
+from memodb import vm
+from memodb.errors import StoreAccessError, StoreFullError, StoreNotFoundError
+
+
+class Place:
+    """Where the segments of one store lie.
+
+    Parameters
+    ----------
+    own
+        The backend's directory inside the store.
+    elsewhere
+        What `own_directory` returned when the store was created; None: segments lie in `own`.
+
+    Raises
+    ------
+    StoreNotFoundError
+        If the file system that `elsewhere` was on is gone.
+    StoreAccessError
+        If the operating system refuses access to it.
+    """
+
+    def __init__(self, own: Path, elsewhere: str | None) -> None:
+        self._store = own.parent
+        self._outside = elsewhere is not None
+        self.directory = own if elsewhere is None else Path(elsewhere)
+        try:
+            self.system = vm.filesystem(self.directory.parent if self._outside else own)
+        except FileNotFoundError as error:
+            raise self._missing() from error
+        except PermissionError as error:
+            raise StoreAccessError(
+                f"{self.directory}, where the records of {self._store} lie, cannot be reached: {error.strerror}; ask "
+                "its owner for access"
+            ) from error
+
+    def _missing(self) -> StoreNotFoundError:
+        return StoreNotFoundError(
+            f"the records of {self._store} lie in {self.directory}, which does not exist: mount the file system that "
+            "holds it, or restore it from a copy; what lay in memory (tmpfs, hugetlbfs) is lost with a reboot or an "
+            "unmount, and so is the store then: remove its directory"
+        )
+
+    def require(self) -> None:
+        """Make sure that the directory is there, for a store that has segments."""
+        if self._outside and not self.directory.is_dir():
+            raise self._missing()
+
+    def make(self) -> None:
+        """Make the directory, with the first segment: a store without records leaves nothing outside its own."""
+        if not self._outside or self.directory.is_dir():
+            return
+        try:
+            self.directory.mkdir()
+        except FileNotFoundError as error:
+            raise self._missing() from error
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise StoreFullError(f"no room for {self.directory}: {error.strerror}; free space there") from error
+            raise
+        if not self.system.in_memory:
+            _sync(self.directory.parent)
+
+    def sync(self) -> None:
+        """Make new and removed segments durable (fsync(2) of the directory)."""
+        _sync(self.directory)
+
+    def remove(self) -> None:
+        """Remove the directory and all segments."""
+        shutil.rmtree(self.directory, ignore_errors=True)
+
+
+def is_writable_directory(path: object) -> bool:
+    """Tell whether `path` can be given as ``segments_path``."""
+    return isinstance(path, str) and os.path.isdir(path) and os.access(path, os.W_OK | os.X_OK)
+
+
+def own_directory(segments_path: str) -> str:
+    """Return the path of a directory of a new store's own in `segments_path`, so that no two stores mix."""
+    return os.path.join(os.path.abspath(segments_path), f"memodb-{secrets.token_hex(8)}")
+
+
+def _sync(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
