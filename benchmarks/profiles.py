@@ -148,7 +148,11 @@ _PROFILES = (
     ),
     Profile(
         name="tiny",
-        cases=(_square(64, "float16", 4), _square(64, "float16", 8), _square(64, "float16", 4, "cold")),
+        cases=(
+            _square(64, "float16", 4),
+            _square(64, "float16", 8),
+            *(_square(64, "float16", n, "cold") for n in (2, 4)),
+        ),
         rounds=3,
         seconds=0.05,
         least=1,

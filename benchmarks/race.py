@@ -109,7 +109,7 @@ class Race:
     def _cold(self, stack: ExitStack, field: Field, warm: np.ndarray):
         """Return what makes a contender's files cold before its turn."""
         # While any database is open memodb keeps its copy buffers, as it does in a program that gathers cold records.
-        keeper = memodb.MemoDB.create(field.records.path.with_name("keeper"), shape=(1,), dtype="uint8")
+        keeper = memodb.MemoDB.create(field.records.path.with_name(f"keeper-{self.case.n}"), shape=(1,), dtype="uint8")
         stack.callback(keeper.close)
         running: list[Contender] = []
         stack.callback(lambda: running and running.pop().close())
