@@ -3,24 +3,27 @@
 #   make demo    the main job on real input        (DEMO_ARGS="--model DIR --data FILE.tsv")
 #   make test    the test suite                    (PYTEST_ARGS="-k search -x")
 #   make check   style, types, room rules, wheel
-#   make bench   benchmarks                        (BENCH_ARGS="-k gather")
+#   make bench   benchmarks, half an hour and more (BENCH_ARGS=benchmarks/test_put.py)
+#   make bench-quick    a subset, 3 minutes
+#   make bench-report   their results as docs/performance.md
 #   make clean   remove what the above made
 
 PYTHON ?= python3
 DEMO_ARGS ?=
 PYTEST_ARGS ?=
-BENCH_ARGS ?=
+BENCH_ARGS ?= benchmarks
 
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+BENCH = $(BIN)/python -m pytest -q --benchmark-columns=median,iqr,rounds --benchmark-sort=median $(BENCH_ARGS)
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check bench clean
+.PHONY: help demo test check bench bench-quick bench-report clean
 
 help:
-	@sed -n 's/^# \{0,1\}//p' Makefile | head -8
+	@sed -n 's/^# \{0,1\}//p' Makefile | head -10
 
 # A half-made environment is never taken for a ready one: the stamp is written last.
 $(READY): pyproject.toml constraints.txt
@@ -44,7 +47,13 @@ check: $(READY)
 	$(BIN)/python .ci/check_wheel.py
 
 bench: $(READY)
-	$(BIN)/python -m pytest benchmarks $(BENCH_ARGS)
+	MEMODB_BENCH=full $(BENCH)
+
+bench-quick: $(READY)
+	MEMODB_BENCH=quick $(BENCH)
+
+bench-report: $(READY)
+	$(BIN)/python -m benchmarks.report
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis .benchmarks

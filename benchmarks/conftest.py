@@ -1,97 +1,81 @@
-"""Fixtures of the benchmarks, and where their results go.
+"""What all benchmarks share: the profile, scratch folders, the results as JSON, a summary at the end.
 
-Every run of ``make bench`` writes ``benchmarks/results/<file of benchmarks>.json``: medians, their ratio to the floor
-of their group, and the facts of the machine without which the figures mean nothing.
+Every file of benchmarks writes ``benchmarks/results/<name>.json`` (``results/<profile>/<name>.json`` for other
+profiles than the full one): the facts of the machine, and for each contender of each group medians of gather, read,
+release and all of it.
 """
 
 from __future__ import annotations
 
 import json
-import os
-import platform
-import shutil
-import tempfile
 from collections import defaultdict
-from collections.abc import Iterator
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from benchmarks import profiles, targets
+from benchmarks.machine import machine_facts
+from benchmarks.race import scratch
+
 RESULTS = Path(__file__).with_name("results")
-#: The benchmark of each group that the others are compared with.
-FLOOR = "floor"
 
 
-def machine_facts() -> dict[str, Any]:
-    """Return what the figures depend on: processor, memory, kernel, huge-page settings, versions."""
-    cpu = next((line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")), "")
-    total = next((line.split()[1] for line in _lines("/proc/meminfo") if line.startswith("MemTotal")), "0")
-    packages = {}
-    for name in ("memodb", "numpy", "torch", "faiss-cpu", "lmdb", "zarr"):
-        try:
-            packages[name] = version(name)
-        except PackageNotFoundError:
-            packages[name] = None
-    return {
-        "cpu": cpu,
-        "cpus": len(os.sched_getaffinity(0)),
-        "memory_gib": round(int(total) / 2**20, 1),
-        "kernel": platform.release(),
-        "python": platform.python_version(),
-        "user": "root" if os.geteuid() == 0 else "unprivileged",
-        "thp": _setting("enabled"),
-        "thp_shmem": _setting("shmem_enabled"),
-        "versions": packages,
-    }
+def results_folder() -> Path:
+    """Return where this profile's results go: those of the full profile are committed."""
+    name = profiles.chosen().name
+    return RESULTS if name == "full" else RESULTS / name
 
 
-def _lines(path: str) -> list[str]:
-    try:
-        return Path(path).read_text().splitlines()
-    except OSError:
-        return []
-
-
-def _setting(name: str) -> str:
-    """Return the chosen one of ``always [madvise] never``."""
-    text = " ".join(_lines(f"/sys/kernel/mm/transparent_hugepage/{name}"))
-    return text.partition("[")[2].partition("]")[0]
+@pytest.fixture(scope="session")
+def profile() -> profiles.Profile:
+    """Return how much is measured."""
+    return profiles.chosen()
 
 
 @pytest.fixture(scope="module")
-def shm() -> Iterator[Path]:
+def shm():
     """Return a private folder where files are memory; it is removed afterwards."""
-    parent = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
-    folder = Path(tempfile.mkdtemp(prefix=f"memodb-bench-{os.getpid()}-", dir=parent))
-    try:
+    with scratch() as folder:
         yield folder
-    finally:
-        shutil.rmtree(folder)
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
     """Write the results, one file for each file of benchmarks."""
     plugin = getattr(session.config, "_benchmarksession", None)
-    by_file: dict[str, list[Any]] = defaultdict(list)
+    by_file: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for result in getattr(plugin, "benchmarks", []):
-        if result.stats.rounds:
-            by_file[Path(result.fullname.partition("::")[0]).stem.removeprefix("test_")].append(result)
-    for name, results in by_file.items():
-        floors = {r.group: r.stats.median for r in results if r.extra_info.get("contender") == FLOOR}
-        rows = [
+        if not result.stats.rounds:
+            continue
+        name = Path(result.fullname.partition("::")[0]).stem.removeprefix("test_")
+        by_file[name].append(
             {
-                "group": r.group,
-                "contender": r.extra_info.get("contender", r.name),
-                "median_ms": r.stats.median * 1e3,
-                "min_ms": r.stats.min * 1e3,
-                "iqr_ms": r.stats.iqr * 1e3,
-                "rounds": r.stats.rounds,
-                "times_floor": r.stats.median / floors[r.group] if r.group in floors else None,
-                **{k: v for k, v in r.extra_info.items() if k != "contender"},
+                "group": result.group,
+                "contender": result.extra_info.get("contender", result.name),
+                "total_ms": result.stats.median * 1e3,
+                "min_ms": result.stats.min * 1e3,
+                "iqr_ms": result.stats.iqr * 1e3,
+                "rounds": result.stats.rounds,
+                **{k: v for k, v in result.extra_info.items() if k != "contender"},
             }
-            for r in results
-        ]
-        RESULTS.mkdir(exist_ok=True)
-        RESULTS.joinpath(f"{name}.json").write_text(json.dumps({"machine": machine_facts(), "results": rows}, indent=2))
+        )
+    facts = machine_facts() if by_file else {}
+    for name, rows in by_file.items():
+        floors = {row["group"]: row["total_ms"] for row in rows if row["contender"] == "floor"}
+        for row in rows:
+            if row["group"] in floors:
+                row["times_floor"] = row["total_ms"] / floors[row["group"]]
+        folder = results_folder()
+        folder.mkdir(parents=True, exist_ok=True)
+        written = {"machine": facts, "profile": profiles.chosen().name, "results": rows}
+        (folder / f"{name}.json").write_text(json.dumps(written, indent=1) + "\n")
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Print the targets and the worst cases of "auto" from all results of this profile."""
+    results = targets.load(results_folder())
+    if not results:
+        return
+    terminalreporter.section(f"targets, from the results of profile {profiles.chosen().name}")
+    terminalreporter.write_line(targets.as_text(results))

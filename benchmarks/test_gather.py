@@ -1,135 +1,110 @@
-"""64 random records of 12x512x512 float16 become one tensor, and every byte of it is read once.
+"""Gather + one full read + release: memodb beside its peers, over sizes, batches, warm tmpfs and cold disk.
 
-Run: ``make bench BENCH_ARGS="-k gather"``. Smaller, to see that it works: ``MEMODB_BENCH_RECORDS=8 make bench``.
+Run: ``make bench BENCH_ARGS=benchmarks/test_gather.py``; one case alone: ``python -m benchmarks.race --help``.
+
+The contenders of a case take turns (`benchmarks.clock`); the first test of a case lets them, each test hands over the
+samples of one of them. Slow contenders are left out of batches beyond 768 MiB (`Profile.slow_bytes`).
 """
 
-import os
-import warnings
+from __future__ import annotations
 
-import numpy as np
+from contextlib import ExitStack
+
 import pytest
 
-import memodb
-
-SHAPE = (12, 512, 512)
-#: Records of one gather; the store holds four times as many.
-RECORDS = int(os.environ.get("MEMODB_BENCH_RECORDS", "64"))
-STORED = 4 * RECORDS
-NBYTES = 2 * 12 * 512 * 512
-ROUNDS = 15
+from benchmarks.clock import hand_over
+from benchmarks.contenders import CONTENDERS
+from benchmarks.profiles import HEADLINES, Case, Profile, chosen
+from benchmarks.race import Field, NoRoomError, Race, scratch
+from benchmarks.records import how_many
 
 
-def read(values):
-    """Read every byte once, at the speed of memory."""
-    return values.reshape(-1).view(np.uint64).max()
+class Grounds:
+    """Keeps the files of one size: cases of the same records, where as many are stored, share them."""
+
+    def __init__(self) -> None:
+        self._stack = ExitStack()
+        self._key = self._field = self._race = None
+
+    def race(self, case: Case, profile: Profile) -> Race:
+        """Return what came of a case; its first test lets the contenders run."""
+        # Not a fixture of the module: pytest would reorder the tests, and make every file again for each of them.
+        if self._race is None or self._race.case != case:
+            self._race = None
+            important = (case.shape[-1], case.dtype) in HEADLINES and case.n == 64 and case.where == "warm"
+            seconds = profile.seconds * (4 if important else 1)
+            field = self.field(case)
+            self._race = Race(case, field, rounds=profile.rounds, seconds=seconds, least=profile.least)
+        return self._race
+
+    def field(self, case: Case) -> Field:
+        """Return the contenders of a case, their files made."""
+        slow_bytes = chosen().slow_bytes
+        slow = case.total <= slow_bytes
+        largest = [c for c in chosen().cases if self._same(c, case) and (c.total <= slow_bytes) == slow]
+        stored = max(how_many(c, chosen()) for c in largest)
+        key = case.shape, case.dtype, case.where, slow
+        if key != self._key:
+            self.clear()
+            folder = self._stack.enter_context(scratch(case.where))
+            self._field = Field(folder, case, slow=slow, stored=stored)
+            self._key = key
+        return self._field
+
+    @staticmethod
+    def _same(one: Case, other: Case) -> bool:
+        return (one.shape, one.dtype, one.where) == (other.shape, other.dtype, other.where)
+
+    def clear(self) -> None:
+        """Remove the files."""
+        self._key = self._field = self._race = None
+        self._stack.close()
 
 
 @pytest.fixture(scope="module")
-def db(shm):
-    with memodb.MemoDB.create(shm / "store", shape=SHAPE, dtype="float16") as made:
-        block = np.empty((8, *SHAPE), np.float16)
-        for start in range(0, STORED, 8):
-            block[:] = np.arange(start, start + 8, dtype=np.float16)[:, None, None, None]
-            made.put(block[: STORED - start])
-        yield made
-
-
-@pytest.fixture(scope="module")
-def memmap(db, shm):
-    """The same records in one plain file, as numpy users keep them."""
-    values = np.lib.format.open_memmap(shm / "plain.npy", mode="w+", dtype=np.float16, shape=(STORED, *SHAPE))
-    db.multiget(range(STORED), out=values)
-    yield np.load(shm / "plain.npy", mmap_mode="r")
-    (shm / "plain.npy").unlink()
-
-
-@pytest.fixture(scope="module")
-def warm():
-    """A contiguous batch whose pages are all there."""
-    return np.ones((RECORDS, *SHAPE), np.float16)
+def grounds():
+    made = Grounds()
+    yield made
+    made.clear()
 
 
 @pytest.fixture
-def draw():
-    """Return a function that draws the ids of the next gather: every contender draws the same ones."""
-    rng = np.random.default_rng(0)
-    return lambda: rng.choice(STORED, RECORDS, replace=False)
+def race(grounds, request, profile):
+    try:
+        return grounds.race(request.param, profile)
+    except NoRoomError as error:
+        pytest.skip(str(error))
 
 
-@pytest.fixture
-def measure(benchmark, draw, warm):
-    """Return a function that measures one way to gather, with and without reading the result."""
-
-    def run(contender, gather, *, reading):
-        def work(ids):
-            found = gather(ids)
-            if reading:
-                read(found.numpy() if isinstance(found, memodb.MappedBatch) else found)
-            return found
-
-        benchmark.group = f"gather {RECORDS} x {NBYTES / 1e6:.2f} MB" + (" + read" if reading else "")
-        benchmark.extra_info.update(contender=contender, bytes=RECORDS * NBYTES)
-        benchmark.pedantic(work, setup=lambda: ((draw(),), {}), rounds=ROUNDS, warmup_rounds=2)
-
-    return run
+def _takes_part(contender, case: Case) -> bool:
+    return (case.where == "cold" or not contender.cold_only) and (
+        case.total <= chosen().slow_bytes or not contender.slow
+    )
 
 
-READING = pytest.mark.parametrize("reading", [False, True], ids=["gather", "gather+read"])
+PAIRS = [(case, contender) for case in chosen().cases for contender in CONTENDERS if _takes_part(contender, case)]
 
 
-def test_floor(measure, warm):
-    """One read of what is contiguous already: no gather can be quicker than nothing."""
-    measure("floor", lambda ids: warm, reading=True)
-
-
-@READING
-def test_memodb_mapped(measure, db, reading):
-    measure("memodb mapped", lambda ids: db.multiget_mapped(ids, strategy="map"), reading=reading)
-
-
-@READING
-def test_memodb_copied(measure, db, reading):
-    measure("memodb copied", lambda ids: db.multiget_mapped(ids, strategy="copy"), reading=reading)
-
-
-@READING
-def test_numpy_memmap(measure, memmap, reading):
-    measure("np.memmap[ids]", lambda ids: memmap[ids], reading=reading)
-
-
-@READING
-def test_numpy_take_warm(measure, memmap, warm, reading):
-    # mode="raise" would gather into a buffer of its own first.
-    measure("np.take(out=warm)", lambda ids: np.take(memmap, ids, 0, out=warm, mode="clip"), reading=reading)
-
-
-@READING
-def test_torch_index_select_warm(measure, memmap, warm, reading):
-    torch = pytest.importorskip("torch")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch warns, once, that the file is read-only; nothing writes to it
-        source = torch.from_numpy(memmap)
-    target = torch.from_numpy(warm)
-
-    def gather(ids):
-        torch.index_select(source, 0, torch.from_numpy(ids), out=target)
-        return warm
-
-    measure("torch.index_select(out=warm)", gather, reading=reading)
-
-
-@pytest.mark.parametrize("per_put", [1, 8])
-def test_put(benchmark, shm, per_put):
-    """Throughput of put, from an array in memory; deleted and compacted between rounds, which is not timed."""
-    values = np.ones((per_put, *SHAPE), np.float16)
-    with memodb.MemoDB.create(shm / f"put{per_put}", shape=SHAPE, dtype="float16", segment_bytes=64 << 20) as db:
-
-        def clear():
-            if len(db) * NBYTES > 256 << 20:
-                db.delete(db.ids())
-                db.compact()
-
-        benchmark.group = "put"
-        benchmark.pedantic(lambda: db.put(values), setup=clear, rounds=ROUNDS, warmup_rounds=2)
-        seconds = benchmark.stats.stats.median
-        benchmark.extra_info.update(contender=f"put of {per_put}", gb_per_second=per_put * NBYTES / seconds / 1e9)
+@pytest.mark.parametrize(
+    ("race", "name"),
+    [(case, contender.name) for case, contender in PAIRS],
+    ids=[f"{case.group}-{contender.name}" for case, contender in PAIRS],
+    indirect=["race"],
+)
+def test_gather(benchmark, race, name):
+    if name in race.absent:
+        pytest.skip(race.absent[name])
+    case = race.case
+    benchmark.group = case.group
+    contender = next(c for c in CONTENDERS if c.name == name)
+    hand_over(
+        benchmark,
+        race.samples[name],
+        contender=name,
+        contiguous=contender.contiguous,
+        where=case.where,
+        n=case.n,
+        record=case.label,
+        record_bytes=case.nbytes,
+        cached_before=race.cached[name],
+    )
