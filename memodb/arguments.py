@@ -32,6 +32,8 @@ def as_ids(ids: Any) -> Ids:
     InvalidIdError
         For bools, floats, strings, negative or too large numbers, and anything not one-dimensional.
     """
+    if type(ids) is np.ndarray and ids.dtype == np.int64 and ids.ndim == 1 and ids.size and ids.min() >= 0:
+        return ids
     if isinstance(ids, np.ma.MaskedArray):
         raise InvalidIdError("ids are a masked array, whose mask would be ignored; pass ids.compressed()")
     if isinstance(ids, (str, bytes, bool, np.bool_)):

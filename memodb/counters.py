@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+_COUNT_EVERY = 256
+
 
 @dataclass
 class Counters:
@@ -22,6 +24,7 @@ class Counters:
     searches: int = 0
     keys_searched: int = 0
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
+    _uncounted: list[np.ndarray[Any, np.dtype[np.int64]]] = field(default_factory=list, repr=False)
     _hits: np.ndarray[Any, np.dtype[np.uint32]] = field(default_factory=lambda: np.zeros(0, np.uint32), repr=False)
 
     def gathered(self, ids: np.ndarray[Any, np.dtype[np.int64]], nbytes: int, *, mapped: bool) -> None:
@@ -33,9 +36,13 @@ class Counters:
                 self.bytes_mapped += nbytes
             else:
                 self.bytes_copied += nbytes
-            self._count_hits(ids)
+            self._uncounted.append(ids)  # counting takes as long as the rest of a small gather: later, many at once
+            if len(self._uncounted) >= _COUNT_EVERY:
+                self._count_hits()
 
-    def _count_hits(self, ids: np.ndarray[Any, np.dtype[np.int64]]) -> None:
+    def _count_hits(self) -> None:
+        ids = np.concatenate([np.zeros(0, np.int64), *self._uncounted])
+        self._uncounted.clear()
         if len(ids):
             top = int(ids.max())
             if top >= len(self._hits):
@@ -49,7 +56,9 @@ class Counters:
     def to_dict(self) -> dict[str, Any]:
         """Return the counts, and a summary of hits per record."""
         counts: dict[str, Any] = {name: value for name, value in vars(self).items() if not name.startswith("_")}
-        hits = self._hits[self._hits > 0]
+        with self._lock:
+            self._count_hits()
+            hits = self._hits[self._hits > 0]
         counts["hits_per_record"] = {
             "records_hit": len(hits),
             "max": int(hits.max(initial=0)),

@@ -375,7 +375,7 @@ class MemoDB(Handle):
             out = gather_batch(source, self._spec, wanted, "copy").numpy(writable=True)
         elif len(wanted):
             copy_into(source, out.reshape(-1).view(np.uint8).reshape(len(wanted), self._spec.nbytes))
-        self._counters.gathered(wanted, out.nbytes, mapped=False)
+        self._counters.gathered(wanted.copy(), out.nbytes, mapped=False)
         return out
 
     def multiget_mapped(self, ids: Any, strategy: Strategy = "auto") -> MappedBatch:
@@ -409,7 +409,7 @@ class MemoDB(Handle):
         batch = self._prefetched.take(wanted, strategy)
         if batch is None:
             batch = gather_batch(source, self._spec, wanted, strategy)
-        self._counters.gathered(wanted, batch.nbytes, mapped=batch.zero_copy)
+        self._counters.gathered(batch.ids, batch.nbytes, mapped=batch.zero_copy)
         return batch
 
     def prefetch(self, ids: Any, strategy: Strategy = "auto") -> None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
+
+Places = np.ndarray[Any, np.dtype[np.int64]]
 
 
 class SegmentView(Protocol):
@@ -28,18 +29,17 @@ class SegmentView(Protocol):
     def in_memory(self) -> bool:
         """Whether its bytes are memory, so that touching them cannot fail; others are copied by `read_into`."""
 
-    def read_into(self, offset: int, out: np.ndarray[Any, np.dtype[np.uint8]]) -> None:
-        """Copy bytes from `offset` on into `out`, C-contiguous; raise `CorruptionError` where they cannot be read."""
-
     @property
     def unmappable(self) -> str:
         """Why its pages cannot be mapped privately (copy-on-write); empty where they can."""
+
+    def read_into(self, offset: int, out: np.ndarray[Any, np.dtype[np.uint8]]) -> None:
+        """Copy bytes from `offset` on into `out`, C-contiguous; raise `CorruptionError` where they cannot be read."""
 
     def view(self, nbytes: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
         """Return the first `nbytes` of the file, read-only; raise `CorruptionError` if it is shorter."""
 
 
-@dataclass(frozen=True, slots=True)
 class Extents:
     """Where each of n records lies.
 
@@ -51,11 +51,44 @@ class Extents:
         int64 [n], index into `segments`.
     offset
         int64 [n], byte offset of the record in that file.
+    even
+        Whether every offset is known to be a multiple of the records' size.
     """
 
-    segments: Sequence[SegmentView]
-    segment: np.ndarray[Any, np.dtype[np.int64]]
-    offset: np.ndarray[Any, np.dtype[np.int64]]
+    __slots__ = ("_nbytes", "_offset", "_segment", "even", "segments", "slots")
+
+    def __init__(self, segments: Sequence[SegmentView], segment: Places, offset: Places, *, even: bool = False) -> None:
+        self.segments = segments
+        self.even = even
+        self._segment: Places | None = segment
+        self._offset: Places | None = offset
+        self._nbytes = 0
+        #: int64 [n]: all records lie in one file, each at a multiple of its own size, this one; else None.
+        self.slots: Places | None = None
+
+    @classmethod
+    def in_one(cls, segment: SegmentView, slots: Places, nbytes: int) -> Extents:
+        """Return the extents of records of `nbytes` that lie in one file, record i at ``slots[i] * nbytes``."""
+        made = cls.__new__(cls)
+        made.segments, made.slots, made._nbytes = (segment,), slots, nbytes
+        made._segment = made._offset = None
+        made.even = True
+        return made
+
+    @property
+    def segment(self) -> Places:
+        """Index into `segments`, int64 [n]."""
+        if self._segment is None:
+            self._segment = np.zeros(len(self), np.int64)
+        return self._segment
+
+    @property
+    def offset(self) -> Places:
+        """Byte offset in the file, int64 [n]."""
+        if self._offset is None:
+            assert self.slots is not None
+            self._offset = self.slots * self._nbytes
+        return self._offset
 
     def __len__(self) -> int:
-        return len(self.offset)
+        return len(self._offset if self.slots is None else self.slots)  # type: ignore[arg-type]

@@ -218,7 +218,7 @@ class Handle:
     def _locate(self, ids: np.ndarray[Any, np.dtype[np.int64]]) -> Source:
         while True:
             seen = self._catalog.transaction()
-            locators = self._catalog.committed(ids, seen)["locator"]
+            locators = self._catalog.locators(ids, seen)
             if self._mode == "r" and seen != self._seen:
                 self._seen, state = self._catalog.backend_state()
                 if self._backend.refresh(state):

@@ -14,6 +14,7 @@ import fcntl
 import mmap
 import os
 import struct
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -100,9 +101,16 @@ def reserve(nbytes: int, *, align: int = HUGE) -> int:
     return first
 
 
-def map_private(address: int, nbytes: int, fd: int, offset: int) -> None:
-    """Lay file pages over a reserved range, copy-on-write: writes there never reach the file."""
-    _mmap(address, nbytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_FIXED | MAP_NORESERVE, fd, offset)
+def map_runs(address: int, runs: Iterable[tuple[int, int, int]]) -> None:
+    """Lay runs (nbytes, fd, offset) of file pages side by side over a reserved range, copy-on-write.
+
+    Writes there never reach the file.
+    """
+    call, prot, flags = _libc.mmap, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_FIXED | MAP_NORESERVE
+    for nbytes, fd, offset in runs:
+        if call(address, nbytes, prot, flags, fd, offset) != address:
+            raise _fail("mmap")
+        address += nbytes
 
 
 def map_shared(address: int, nbytes: int, fd: int, offset: int, *, writable: bool = False) -> None:

@@ -45,6 +45,10 @@ def _segment_bytes(spec: RecordSpec, room: int) -> int:
     return min(max(wanted, spec.nbytes), 1 << 40)
 
 
+#: Up to so many records Python sorts out segments sooner than numpy, whose code and tables are cold in a busy program.
+_FEW = 256
+
+
 class ArenaBackend(ValueBackend):
     """Segment files in one directory, on any file system.
 
@@ -256,23 +260,38 @@ class ArenaBackend(ValueBackend):
 
     def extents(self, locators: Locators) -> Extents:
         """Return where the records lie (see `SupportsExtents.extents`)."""
-        numbers = (locators >> _SLOT_BITS).view(np.int64)
-        offsets = (locators & _SLOT_MASK).view(np.int64) * self.spec.nbytes
-        if len(numbers) == 0 or (numbers == numbers[0]).all():  # most gathers of small stores: worth a short way
-            distinct, inverse = numbers[:1], np.zeros(len(numbers), np.int64)
-            ends = offsets.max(keepdims=True, initial=0)
+        if len(locators) == 0:
+            return Extents([], np.zeros(0, np.int64), np.zeros(0, np.int64))
+        first, last = int(locators.min()), int(locators.max())
+        number = first >> 32
+        if number == last >> 32:  # one segment, as of most small stores: worth a short way
+            segment = self._ready(number, last & 0xFFFFFFFF)
+            return Extents.in_one(segment, (locators - np.uint64(number << 32)).view(np.int64), self.spec.nbytes)
+        slots = (locators & _SLOT_MASK).view(np.int64)
+        if len(locators) <= _FEW:
+            lasts: dict[int, int] = {}
+            numbers = []
+            for number, slot in zip((locators >> _SLOT_BITS).tolist(), slots.tolist(), strict=True):
+                numbers.append(number)
+                if slot >= lasts.get(number, 0):
+                    lasts[number] = slot
+            places = {number: i for i, number in enumerate(lasts)}
+            inverse = np.fromiter(map(places.__getitem__, numbers), np.int64, len(numbers))
         else:
-            distinct, inverse = np.unique(numbers, return_inverse=True)
-            ends = np.zeros(len(distinct), np.int64)
-            np.maximum.at(ends, inverse, offsets)
-        segments = [self._segment(number) for number in distinct.tolist()]
-        for segment, end in zip(segments, ends.tolist(), strict=False):
-            segment.require(end + self.spec.nbytes)
-        if self._looks:
-            for number, segment in zip(distinct.tolist(), segments, strict=False):
-                if segment.must_look():
-                    segment.look(self._written(number))
-        return Extents(segments, inverse, offsets)
+            distinct, inverse = np.unique(locators >> _SLOT_BITS, return_inverse=True)
+            tops = np.zeros(len(distinct), np.int64)
+            np.maximum.at(tops, inverse, slots)
+            lasts = dict(zip(distinct.tolist(), tops.tolist(), strict=True))
+        segments = [self._ready(number, slot) for number, slot in lasts.items()]
+        return Extents(segments, inverse, slots * self.spec.nbytes, even=True)
+
+    def _ready(self, number: int, last_slot: int) -> SegmentFile:
+        """Return a segment that surely has the bytes of its slots up to `last_slot`, and knows its pages."""
+        segment = self._open.get(number) or self._segment(number)
+        segment.require((last_slot + 1) * self.spec.nbytes)
+        if self._looks and segment.must_look():
+            segment.look(self._written(number))
+        return segment
 
     # --- compaction ---
 

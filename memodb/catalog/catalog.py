@@ -155,6 +155,19 @@ class Catalog:
         """
         return self._rows.lookup(ids, self.transaction() if transaction is None else transaction, self._load)
 
+    def locators(self, ids: Ids, transaction: int) -> np.ndarray[Any, np.dtype[np.uint64]]:
+        """Return where the backend has the records of `ids` [n], as of `transaction` or later.
+
+        Raises
+        ------
+        RecordNotFoundError
+            As `committed`.
+        """
+        found = self._rows.locators(ids, transaction)
+        if found is None:
+            found = self.committed(ids, transaction)["locator"]
+        return found
+
     def committed(self, ids: Ids, transaction: int | None = None) -> Rows:
         """Return the rows of `ids` [n], as `rows` does.
 

@@ -270,8 +270,15 @@ class Environment:
     def last_transaction(self) -> int:
         """Return the number of the last committed transaction that readers see, by whichever process."""
         # Not info()["last_txnid"]: that is the meta page's, which LMDB writes a moment before readers are let see it.
-        with self._read_gate, translated(self.path), self.handle.begin() as txn:
-            return int(txn.id())  # over at once: it needs no guard
+        with self._read_gate:
+            try:
+                txn = self.handle.begin()  # over at once: it needs no guard
+                number = txn.id()
+                txn.abort()
+                return int(number)
+            except lmdb.Error as error:
+                with translated(self.path):
+                    raise error
 
     @contextmanager
     def read(self) -> Iterator[lmdb.Transaction]:

@@ -23,15 +23,11 @@ _SMALL_RECORD, _MANY = 64 << 10, 8
 
 def copy_records(extents: Extents, nbytes: int, out: Bytes2D, threads: int = MOST) -> None:
     """Copy the records of `extents`, in order, into `out`, uint8 [n, nbytes] C-contiguous, on up to `threads`."""
-    n = len(extents)
+    n, slots = len(extents), extents.slots
     if not all(segment.in_memory for segment in extents.segments):
         _copy_from_files(extents, nbytes, out, threads)
         return
-    if len(extents.segments) > 1:
-        _copy_scattered(extents, nbytes, out, threads)
-        return
-    slots, rest = np.divmod(extents.offset, nbytes)
-    if rest.any():
+    if slots is None:
         _copy_scattered(extents, nbytes, out, threads)
         return
     source = extents.segments[0].view((int(slots.max()) + 1) * nbytes)
@@ -79,7 +75,7 @@ def _copy_scattered(extents: Extents, nbytes: int, out: Bytes2D, threads: int) -
     ends = np.zeros(len(extents.segments), np.int64)
     np.maximum.at(ends, extents.segment, extents.offset + nbytes)
     sources = [segment.view(int(end)) for segment, end in zip(extents.segments, ends.tolist(), strict=True)]
-    if nbytes <= _SMALL_RECORD and n >= _MANY * len(sources) and not (extents.offset % nbytes).any():
+    if nbytes <= _SMALL_RECORD and n >= _MANY * len(sources) and (extents.even or not (extents.offset % nbytes).any()):
         members = [np.flatnonzero(extents.segment == i) for i in range(len(sources))]
 
         def copy_segment(i: int) -> None:

@@ -13,7 +13,7 @@ import os
 import platform
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +69,7 @@ class Costs:
             + total * _between(self.mapped_byte, total)
         )
 
+    @lru_cache(maxsize=64)  # noqa: B019 - one object a process, the same sizes again and again
     def copy_seconds(self, total: int, records: int) -> tuple[float, int]:
         """Return what copying a batch costs, and with how many threads it costs least."""
         by_threads = [total * _between(curve, total) for curve in self.copied_byte[:MOST]]

@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import errno
+from collections.abc import Iterable
+from itertools import repeat
+from typing import Any
+
+import numpy as np
 
 from memodb import vm
 from memodb.errors import CorruptionError, MappingUnsupportedError
@@ -39,15 +44,7 @@ def map_records(extents: Extents, nbytes: int, plan: Plan) -> Range:
     try:
         if plan.shift:  # an earlier batch may have left pages there
             vm.map_nothing(window.address, plan.shift)
-        address, lengths = window.address + plan.shift, None
-        if len(starts) < n:
-            lengths = [(stop - start) * nbytes for start, stop in _spans(starts.tolist(), n)]
-        segment, offset = extents.segment[starts].tolist(), extents.offset[starts].tolist()
-        fds = [piece.fd for piece in extents.segments]
-        for i, at in enumerate(offset):
-            length = nbytes if lengths is None else lengths[i]
-            vm.map_private(address, length, fds[segment[i]], at)
-            address += length
+        vm.map_runs(window.address + plan.shift, _runs(extents, nbytes, starts))
     except BaseException as error:
         POOL.give_back(window, intact=False)
         if isinstance(error, OSError):
@@ -66,8 +63,17 @@ def map_records(extents: Extents, nbytes: int, plan: Plan) -> Range:
     return window
 
 
-def _spans(starts: list[int], n: int) -> list[tuple[int, int]]:
-    return list(zip(starts, [*starts[1:], n], strict=True))
+def _runs(extents: Extents, nbytes: int, starts: np.ndarray[Any, np.dtype[np.int64]]) -> Iterable[tuple[int, int, int]]:
+    """Return (bytes, descriptor, offset) of each run."""
+    n, fds = len(extents), [segment.fd for segment in extents.segments]
+    if len(starts) == n:
+        lengths: Iterable[int] = repeat(nbytes)
+        offset, segment = extents.offset, extents.segment
+    else:
+        lengths = (np.diff(starts, append=n) * nbytes).tolist()
+        offset, segment = extents.offset[starts], extents.segment[starts]
+    of = repeat(fds[0]) if len(fds) == 1 else map(fds.__getitem__, segment.tolist())
+    return zip(lengths, of, offset.tolist(), strict=False)
 
 
 def _enter_pages(address: int, total: int, small_pages: int) -> None:

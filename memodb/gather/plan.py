@@ -42,14 +42,24 @@ class Plan:
     threads: int = 1
 
 
+#: Up to so many records Python finds runs sooner than numpy, whose code and tables are cold in a busy program.
+_FEW = 256
 _NO_RUNS = np.zeros(0, np.int64)
 
 
 def runs(extents: Extents, nbytes: int) -> np.ndarray[Any, np.dtype[np.int64]]:
     """Return the indices [runs] at which a new run of adjacent records begins."""
-    if len(extents) == 0:
+    n = len(extents)
+    if n == 0:
         return _NO_RUNS
-    breaks = extents.offset[1:] - extents.offset[:-1] != nbytes
+    if n <= _FEW:
+        offset, segment = extents.offset.tolist(), extents.segment.tolist()
+        breaks_at = [i for i in range(1, n) if offset[i] - offset[i - 1] != nbytes or segment[i] != segment[i - 1]]
+        return np.array([0, *breaks_at])
+    if extents.slots is not None:
+        breaks = extents.slots[1:] - extents.slots[:-1] != 1
+    else:
+        breaks = extents.offset[1:] - extents.offset[:-1] != nbytes
     if len(extents.segments) > 1:
         breaks |= extents.segment[1:] != extents.segment[:-1]
     return np.concatenate([[0], np.flatnonzero(breaks) + 1])
@@ -105,7 +115,7 @@ def _obstacle(extents: Extents, nbytes: int, vmas: int, free_vmas: int) -> str:
         if segment.unmappable:
             return segment.unmappable
     page = max(segment.page for segment in extents.segments)
-    if nbytes % page or (extents.offset % page).any():
+    if nbytes % page or not _aligned(extents, page):
         return (
             f"records of {nbytes} bytes are not a multiple of the {page}-byte page, so their pages cannot lie side "
             f"by side; a shape whose record is a multiple of {page} bytes can be mapped"
@@ -117,6 +127,11 @@ def _obstacle(extents: Extents, nbytes: int, vmas: int, free_vmas: int) -> str:
             "records at once"
         )
     return ""
+
+
+def _aligned(extents: Extents, unit: int) -> bool:
+    """Tell whether all records, whose size is a multiple of `unit`, begin at multiples of it."""
+    return extents.even or not (extents.offset % unit).any()
 
 
 def check_strategy(strategy: str) -> None:
@@ -133,7 +148,7 @@ def _congruent(extents: Extents, nbytes: int, starts: np.ndarray[Any, np.dtype[n
     adjacent records all, of random ones few.
     """
     n = len(extents)
-    if nbytes % vm.HUGE == 0 and not (extents.offset % vm.HUGE).any():
+    if nbytes % vm.HUGE == 0 and _aligned(extents, vm.HUGE):
         return 0, n * nbytes // vm.HUGE
     first = extents.offset[starts]
     ends = first + np.diff(starts, append=n) * nbytes
@@ -152,9 +167,8 @@ def _pages(extents: Extents, nbytes: int, whole: int) -> tuple[float, float, flo
     `whole` is how many huge ones there could be at most.
     """
     n = len(extents)
-    if len(extents.segments) == 1:
-        share = extents.segments[0].huge_share
-    else:
+    share = extents.segments[0].huge_share
+    if any(segment.huge_share != share for segment in extents.segments):
         share = float(np.array([s.huge_share for s in extents.segments])[extents.segment].mean())
     all_small = n * nbytes / vm.PAGE
     huge = whole * share

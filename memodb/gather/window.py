@@ -21,8 +21,8 @@ from memodb import vm
 #: Windows at least this large are worth laying over; so many of them may wait at once with their pages.
 _WORTH_KEEPING = 32 << 20
 _KEPT_WINDOWS = 2
-#: Idle reservations (address space only).
-_IDLE_WINDOWS = 16
+#: Idle reservations (address space only), and idle buffers: more would take longer to look through than to make.
+_IDLE_WINDOWS, _IDLE_BUFFERS = 16, 16
 
 
 @dataclass
@@ -219,6 +219,7 @@ class Pool:
         return (
             len(self._kept) > _KEPT_WINDOWS
             or len(self._empty) > _IDLE_WINDOWS
+            or len(self._buffers) > _IDLE_BUFFERS
             or self.idle_bytes() > self.limits.idle_bytes
         )
 
