@@ -31,8 +31,7 @@ ROW: np.dtype[Any] = np.dtype(
 )
 #: Before the rows of a block: number of the transaction that wrote it last, CRC-32C of the rows.
 _STAMP = struct.Struct("<QI")
-#: No locator: backends number what they hold.
-NOWHERE = np.uint64(0xFFFFFFFFFFFFFFFF)
+_ONE = np.uint64(1)
 #: Up to so many cached blocks are looked at together after a commit, whichever are wanted.
 _CHECKED_TOGETHER = 64
 #: Blocks kept in memory at most (16,384 x 24 KiB = 400 MB, 16 million records).
@@ -103,9 +102,9 @@ class RowCache:
             self._stamp = np.zeros(0, np.uint64)
             self._checked = np.zeros(0, np.uint64)
             self._used = 0
-            # Locators by id, of what lives in the blocks that are cached; and the transaction as of which ALL of those
-            # are known to be current.
-            self._live = np.full(BLOCK, NOWHERE, np.uint64)
+            # Locators by id, plus 1, of what lives in the blocks that are cached (0: no such record, and zeros that
+            # nobody wrote take no memory); and the transaction as of which ALL of those are known to be current.
+            self._live = np.zeros(BLOCK, np.uint64)
             self._current = -1
 
     def locators(self, ids: Ids, transaction: int) -> np.ndarray[Any, np.dtype[np.uint64]] | None:
@@ -121,7 +120,7 @@ class RowCache:
                 found = self._live.take(ids)
             except IndexError:
                 return None
-        return None if found.max() == NOWHERE else found
+        return found - _ONE if found.min() else None
 
     def lookup(self, ids: Ids, transaction: int, load: Any) -> Rows:
         """Return the rows of `ids` as of `transaction` or later.
@@ -179,7 +178,7 @@ class RowCache:
                 self._rows[slot, : len(rows)] = rows
                 self._rows[slot, len(rows) :] = np.zeros((), ROW)
                 live = self._rows[slot]["state"] == LIVE
-                self._live[block * BLOCK : (block + 1) * BLOCK] = np.where(live, self._rows[slot]["locator"], NOWHERE)
+                self._live[block * BLOCK : (block + 1) * BLOCK] = np.where(live, self._rows[slot]["locator"] + _ONE, 0)
                 self._stamp[slot], self._checked[slot] = stamp, number
             self._current = number if every else -1
 
@@ -187,10 +186,11 @@ class RowCache:
         if block >= len(self._slot):
             grown = np.full(max(block + 1, 2 * len(self._slot)), -1, np.int64)
             grown[: len(self._slot)] = self._slot
-            self._slot = grown
-            live = np.full(len(grown) * BLOCK, NOWHERE, np.uint64)
-            live[: len(self._live)] = self._live
-            self._live = live
+            live = np.zeros(len(grown) * BLOCK, np.uint64)
+            for known in np.flatnonzero(self._slot >= 0).tolist():
+                part = slice(known * BLOCK, (known + 1) * BLOCK)
+                live[part] = self._live[part]
+            self._slot, self._live = grown, live
         if self._used == len(self._rows):
             capacity = max(4, 2 * self._used)
             self._rows = np.concatenate([self._rows, np.zeros((capacity - self._used, BLOCK), ROW)])
