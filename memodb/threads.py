@@ -27,10 +27,11 @@ class _Loop:
         self._lock = threading.Lock()
         self._helping = 0
         self._over = False
-        self._left: threading.Lock | None = None  # held while the caller waits for the last helper
+        self._idle: threading.Event | None = None  # where the caller waits for helpers
         self.error: BaseException | None = None
 
     def run(self) -> None:
+        """Take indices until none is left, or one of them failed."""
         for i in self._next:  # one bytecode of C: no index is taken twice
             if i >= self._n or self.error is not None:
                 return
@@ -40,6 +41,7 @@ class _Loop:
                 self.error = error
 
     def help(self) -> None:
+        """Run in a helper, unless the loop is over."""
         with self._lock:
             if self._over:
                 return
@@ -49,20 +51,24 @@ class _Loop:
         finally:
             with self._lock:
                 self._helping -= 1
-                if self._left is not None and not self._helping:
-                    self._left.release()
+                if self._idle is not None:
+                    self._idle.set()
 
-    def finish(self) -> None:
-        with self._lock:
-            self._over = True
-            if self._helping:
-                self._left = threading.Lock()
-                self._left.acquire()
-        if self._left is not None:
-            self._left.acquire()
-        del self._work  # a helper that comes too late must not keep alive what the loop worked on
-        if self.error is not None:
-            raise self.error
+    def wait(self) -> None:
+        """Let no helper come any more, and wait for those that did. May be interrupted, and then called again."""
+        while True:
+            with self._lock:
+                self._over = True
+                if not self._helping:
+                    break
+                self._idle = self._idle or threading.Event()
+                self._idle.clear()
+            self._idle.wait()
+        self._work = _nothing  # a helper that comes too late must not keep alive what the loop worked on
+
+
+def _nothing(index: int) -> None:
+    pass
 
 
 class Crew:
@@ -87,12 +93,22 @@ class Crew:
         """
         helpers = min(threads, MOST, n) - 1
         loop = _Loop(work, n)
-        if helpers > 0:
-            self._start(helpers)
-            for _ in range(min(helpers, len(self._threads))):
-                self._queue.put(loop)
-        loop.run()
-        loop.finish()
+        try:
+            if helpers > 0:
+                self._start(helpers)
+                for _ in range(min(helpers, len(self._threads))):
+                    self._queue.put(loop)
+            loop.run()
+        except BaseException as error:  # an interrupt between two calls
+            loop.error = error
+        while True:  # whatever interrupts it: helpers may still write to memory that the caller would free
+            try:
+                loop.wait()
+                break
+            except BaseException as error:
+                loop.error = error
+        if loop.error is not None:
+            raise loop.error
 
     def _start(self, wanted: int) -> None:
         if len(self._threads) >= wanted:
