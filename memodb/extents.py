@@ -36,6 +36,9 @@ class SegmentView(Protocol):
     def read_into(self, offset: int, out: np.ndarray[Any, np.dtype[np.uint8]]) -> None:
         """Copy bytes from `offset` on into `out`, C-contiguous; raise `CorruptionError` where they cannot be read."""
 
+    def rows(self, nbytes: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
+        """Return the file as rows of `nbytes`, read-only; to be used while the segment is held, where extents lie."""
+
     def view(self, nbytes: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
         """Return the first `nbytes` of the file, read-only; raise `CorruptionError` if it is shorter."""
 

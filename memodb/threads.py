@@ -9,12 +9,17 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from collections.abc import Callable
 from itertools import count
 from queue import SimpleQueue
 
 #: Threads that a loop may have, its caller included: more do not add bandwidth.
 MOST = min(len(os.sched_getaffinity(0)), 8)
+
+
+#: How often the caller looks whether its helpers are done before it sleeps.
+_TURNS = 100
 
 
 class _Loop:
@@ -56,14 +61,18 @@ class _Loop:
 
     def wait(self) -> None:
         """Let no helper come any more, and wait for those that did. May be interrupted, and then called again."""
-        while True:
+        for turn in count():
             with self._lock:
                 self._over = True
                 if not self._helping:
                     break
-                self._idle = self._idle or threading.Event()
-                self._idle.clear()
-            self._idle.wait()
+                if turn >= _TURNS:
+                    self._idle = self._idle or threading.Event()
+                    self._idle.clear()
+            if self._idle is None:
+                time.sleep(0)  # lets the helper have the GIL; to be woken would take longer than it does
+            else:
+                self._idle.wait()
         self._work = _nothing  # a helper that comes too late must not keep alive what the loop worked on
 
 

@@ -83,6 +83,7 @@ class SegmentFile:
         self.fd = -1
         self.in_memory = system.in_memory
         self._whole = 0
+        self._rows: np.ndarray[Any, np.dtype[np.uint8]] | None = None
         mode = os.O_RDWR if writable or create else os.O_RDONLY
         flags = mode | os.O_CLOEXEC | os.O_NOFOLLOW | (os.O_CREAT | os.O_EXCL if create else 0)
         try:
@@ -129,6 +130,15 @@ class SegmentFile:
         """Return the first `nbytes` of the file as a read-only array that keeps the segment open."""
         self.require(nbytes)
         return vm.Span(self.address, nbytes, writable=False, keep=self).array()
+
+    def rows(self, nbytes: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
+        """Return the file as rows of `nbytes`, made once: it does not keep the segment, which would be a cycle."""
+        rows = self._rows
+        if rows is None or rows.shape[1] != nbytes:
+            n = self.capacity // nbytes
+            rows = vm.Span(self.address, n * nbytes, writable=False).array().reshape(n, nbytes)
+            self._rows = rows
+        return rows
 
     def must_look(self) -> bool:
         """Tell whether the last `look` is long ago."""

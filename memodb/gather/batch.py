@@ -12,6 +12,8 @@ from memodb import interop, vm
 from memodb.errors import ClosedError
 from memodb.record import RecordSpec
 
+Bytes = np.ndarray[Any, np.dtype[np.uint8]]
+
 
 class MappedBatch:
     """n records as one contiguous tensor [n, *shape], without a copy where their pages could be mapped.
@@ -22,8 +24,8 @@ class MappedBatch:
 
     Parameters
     ----------
-    holder
-        The object whose death gives the memory back.
+    root
+        uint8 [bytes of the batch], writable; the death of its base gives the memory back.
     spec
         What one record is.
     ids
@@ -33,9 +35,9 @@ class MappedBatch:
     """
 
     def __init__(
-        self, holder: Any, spec: RecordSpec, ids: np.ndarray[Any, np.dtype[np.int64]], *, zero_copy: bool
+        self, root: Bytes, spec: RecordSpec, ids: np.ndarray[Any, np.dtype[np.int64]], *, zero_copy: bool
     ) -> None:
-        self._holder = holder
+        self._root: Bytes | None = root
         self._spec = spec
         self._ids = ids.copy()
         self._ids.flags.writeable = False
@@ -69,7 +71,7 @@ class MappedBatch:
     @property
     def released(self) -> bool:
         """Whether `release` was called."""
-        return self._holder is None
+        return self._root is None
 
     def __len__(self) -> int:
         return len(self._ids)
@@ -91,12 +93,12 @@ class MappedBatch:
         ClosedError
             If the batch was released.
         """
-        if self._holder is None:
+        root = self._root
+        if root is None:
             raise ClosedError("this batch was released; gather it again with multiget_mapped()")
-        root = np.asarray(self._holder)
-        if not writable and self.nbytes:
+        if not writable and root.size:
             # Another object on the same memory, so that numpy cannot be talked into making the view writable.
-            root = vm.Span(root.ctypes.data, self.nbytes, writable=False, keep=self._holder).array()
+            root = vm.Span(root.__array_interface__["data"][0], root.size, writable=False, keep=root.base).array()
         return root.view(self._spec.dtype).reshape(self.shape)
 
     def torch(self) -> Any:
@@ -144,13 +146,16 @@ class MappedBatch:
         BufferError
             If a view of the batch still lives; the batch stays as it was.
         """
-        if self._holder is None:
+        if self._root is None:
             return
-        alive = weakref.ref(self._holder)
-        self._holder = None
+        if self._root.base is None:  # of no record at all
+            self._root = None
+            return
+        alive = weakref.ref(self._root.base)
+        self._root = None
         holder = alive()
         if holder is not None:
-            self._holder = holder
+            self._root = np.asarray(holder)
             raise BufferError(
                 f"{self!r} cannot be released: a numpy array, torch tensor or DLPack capsule made from it is still "
                 "alive; delete those first, or let the last one free the memory by itself"
@@ -163,4 +168,4 @@ class MappedBatch:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         # Views may outlive the block; then the last of them frees the memory.
-        self._holder = None
+        self._root = None

@@ -30,12 +30,12 @@ def copy_records(extents: Extents, nbytes: int, out: Bytes2D, threads: int = MOS
     if slots is None:
         _copy_scattered(extents, nbytes, out, threads)
         return
-    source = extents.segments[0].view((int(slots.max()) + 1) * nbytes)
+    segment = extents.segments[0]
     parts = _parts(nbytes)
     if parts > 1:
         slots = (slots[:, None] * parts + np.arange(parts)).reshape(-1)
         n, nbytes = n * parts, nbytes // parts
-    rows, target = source.reshape(-1, nbytes), out.reshape(n, nbytes)
+    rows, target = segment.rows(nbytes), out.reshape(n, nbytes)
     step = max(1, PIECE // nbytes)
     if n <= step or threads < 2:
         # mode="clip" spares the buffer that mode="raise" puts before `out`; the file's length was checked.

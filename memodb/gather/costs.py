@@ -45,17 +45,17 @@ class Costs:
         Of copying a byte, for batches of `SIZES` bytes, by threads: ``copied_byte[t - 1]`` with t threads.
     """
 
-    map_call: float = 60e-6
-    copy_call: float = 30e-6
-    vma: float = 7e-6
-    huge_page: float = 2e-6
-    small_page: float = 0.12e-6
+    map_call: float = 85e-6
+    copy_call: float = 35e-6
+    vma: float = 5.8e-6
+    huge_page: float = 4.2e-6
+    small_page: float = 0.15e-6
     loose_page: float = 0.35e-6
-    copied_record: float = 0.1e-6
-    mapped_byte: tuple[float, ...] = (20e-12, 20e-12, 20e-12, 18e-12, 8e-12, 2e-12, 1e-12)
+    copied_record: float = 0.17e-6
+    mapped_byte: tuple[float, ...] = (44e-12, 24e-12, 20e-12, 9e-12, 4e-12, 4e-12, 4e-12)
     copied_byte: tuple[tuple[float, ...], ...] = (
-        (50e-12, 50e-12, 50e-12, 52e-12, 62e-12, 70e-12, 70e-12),
-        (60e-12, 45e-12, 38e-12, 36e-12, 48e-12, 56e-12, 56e-12),
+        (80e-12, 57e-12, 48e-12, 47e-12, 74e-12, 70e-12, 70e-12),
+        (62e-12, 49e-12, 47e-12, 45e-12, 62e-12, 57e-12, 57e-12),
     )
 
     def map_seconds(self, total: int, runs: int, *, huge: float, small: float, loose: float) -> float:

@@ -47,12 +47,12 @@ def gather_batch(
         return MappedBatch(np.empty(0, np.uint8), spec, ids, zero_copy=False)
     total = n * spec.nbytes
     if isinstance(source, Extents):
-        plan = make_plan(source, spec.nbytes, strategy, free_vmas=POOL.free_vmas(), costs=costs_here())
+        plan = make_plan(source, spec.nbytes, strategy, free_vmas=POOL.free_vmas, costs=costs_here())
         threads = min(threads, plan.threads)
         if plan.map:
             try:
                 window = map_records(source, spec.nbytes, plan)
-                return MappedBatch(POOL.hold(window, total, plan.shift).base, spec, ids, zero_copy=True)
+                return MappedBatch(POOL.hold(window, total, plan.shift), spec, ids, zero_copy=True)
             except MappingUnsupportedError:
                 if strategy == "map":
                     raise
@@ -68,7 +68,7 @@ def gather_batch(
         ) from error
     held = POOL.hold(buffer, total)
     copy_into(source, held.reshape(n, spec.nbytes), threads)
-    return MappedBatch(held.base, spec, ids, zero_copy=False)
+    return MappedBatch(held, spec, ids, zero_copy=False)
 
 
 def copy_into(source: Source, out: Bytes2D, threads: int = MOST) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -65,7 +66,7 @@ def runs(extents: Extents, nbytes: int) -> np.ndarray[Any, np.dtype[np.int64]]:
     return np.concatenate([[0], np.flatnonzero(breaks) + 1])
 
 
-def make_plan(extents: Extents, nbytes: int, strategy: Strategy, *, free_vmas: int, costs: Costs) -> Plan:
+def make_plan(extents: Extents, nbytes: int, strategy: Strategy, *, free_vmas: Callable[[], int], costs: Costs) -> Plan:
     """Choose between mapping and copying.
 
     Parameters
@@ -78,7 +79,7 @@ def make_plan(extents: Extents, nbytes: int, strategy: Strategy, *, free_vmas: i
         "map" and "copy" are obeyed; "auto" takes what the cost model finds cheaper, and on a tie the mapping (it takes
         no memory).
     free_vmas
-        VMAs that this batch may still take.
+        Tells how many VMAs this batch may still take; asked if it comes to that.
     costs
         Constants of the cost model.
 
@@ -93,10 +94,10 @@ def make_plan(extents: Extents, nbytes: int, strategy: Strategy, *, free_vmas: i
     copy = Plan(False, _NO_RUNS, threads=threads)
     if strategy == "copy":
         return copy
-    if strategy == "auto" and costs.map_call + nbytes * n / vm.HUGE * costs.huge_page > copy_seconds:
-        return copy  # not even one run on huge pages would pay
+    if strategy == "auto" and not _may_pay(extents, nbytes, copy_seconds, costs):
+        return copy
     starts = runs(extents, nbytes)
-    obstacle = _obstacle(extents, nbytes, len(starts), free_vmas)
+    obstacle = _obstacle(extents, nbytes, len(starts), free_vmas())
     if obstacle:
         if strategy == "map":
             raise MappingUnsupportedError(f'strategy="map": {obstacle}; strategy="auto" copies instead')
@@ -108,6 +109,21 @@ def make_plan(extents: Extents, nbytes: int, strategy: Strategy, *, free_vmas: i
         if map_seconds > copy_seconds:
             return copy
     return Plan(True, starts, small_pages=int(small + loose), shift=shift)
+
+
+def _may_pay(extents: Extents, nbytes: int, copy_seconds: float, costs: Costs) -> bool:
+    """Tell whether mapping could be quicker, before anything is found out that takes long.
+
+    At best all lies on huge pages, in one run. Records that are copied sooner than a run is mapped would have to lie
+    side by side, and of those the first and the last tell.
+    """
+    n = len(extents)
+    best = costs.map_call + nbytes * n / vm.HUGE * costs.huge_page
+    if best > copy_seconds:
+        return False
+    if best + n * costs.vma <= copy_seconds or extents.slots is None:
+        return True
+    return int(extents.slots[-1]) - int(extents.slots[0]) == n - 1
 
 
 def _obstacle(extents: Extents, nbytes: int, vmas: int, free_vmas: int) -> str:

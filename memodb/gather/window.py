@@ -148,7 +148,8 @@ class Pool:
 
     def buffer(self, nbytes: int) -> Range:
         """Take warm memory of at least `nbytes`."""
-        self._collect()
+        if self._returned:
+            self._collect()
         with self._lock:
             found = self._fit(self._buffers, nbytes)
         if found is None:
