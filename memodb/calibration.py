@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from memodb import vm
 from memodb.database import MemoDB
 from memodb.gather.costs import SIZES, Costs, calibration_file, costs_here, save_costs
 from memodb.gather.gather import gather_batch
@@ -149,9 +150,13 @@ def _measure_small(path: Path, found: dict[str, Any]) -> None:
 
 
 def _measure_loose(path: Path, found: dict[str, Any]) -> None:
-    with _Bench(path, _MEDIUM, 128 << 20, huge_pages=False) as bench:
-        n = (64 << 20) // _MEDIUM
-        found["loose_page"] = _each(bench.time(bench.adjacent, n, "map")[0] - found["map_call"], (64 << 20) / _SMALL)
+    with _Bench(path, _LARGE, 256 << 20, huge_pages=False) as bench:
+        n = (128 << 20) // _LARGE
+        seconds = bench.time(bench.random, n, "map")[0] - found["map_call"] - n * found["vma"]
+        found["loose_page"] = _each(seconds, (128 << 20) / _SMALL)
+    start = time.perf_counter()
+    vm.unmap(vm.allocate(128 << 20), 128 << 20)
+    found["fresh_byte"] = _each(time.perf_counter() - start, 128 << 20)
 
 
 def _measure_medium(path: Path, found: dict[str, Any]) -> None:

@@ -37,6 +37,8 @@ class Costs:
         Of one run of adjacent records: mmap(2) and its undoing.
     huge_page, small_page, loose_page
         Of one entry of the page table, made and taken out again: a 2 MiB page, 4 KiB of a 2 MiB page, a page of 4 KiB.
+    fresh_byte
+        Of a byte of memory that is not warm: a copy larger than what may wait warm is made into such.
     copied_record
         Of one record of a copy, beside its bytes.
     mapped_byte
@@ -46,16 +48,17 @@ class Costs:
     """
 
     map_call: float = 85e-6
-    copy_call: float = 35e-6
+    copy_call: float = 50e-6
     vma: float = 5.8e-6
     huge_page: float = 4.2e-6
     small_page: float = 0.15e-6
-    loose_page: float = 0.35e-6
+    loose_page: float = 0.18e-6
+    fresh_byte: float = 120e-12
     copied_record: float = 0.17e-6
     mapped_byte: tuple[float, ...] = (44e-12, 24e-12, 20e-12, 9e-12, 4e-12, 4e-12, 4e-12)
     copied_byte: tuple[tuple[float, ...], ...] = (
         (80e-12, 57e-12, 48e-12, 47e-12, 74e-12, 70e-12, 70e-12),
-        (62e-12, 49e-12, 47e-12, 45e-12, 62e-12, 57e-12, 57e-12),
+        (90e-12, 75e-12, 52e-12, 45e-12, 62e-12, 57e-12, 57e-12),
     )
 
     def map_seconds(self, total: int, runs: int, *, huge: float, small: float, loose: float) -> float:
@@ -70,11 +73,12 @@ class Costs:
         )
 
     @lru_cache(maxsize=64)  # noqa: B019 - one object a process, the same sizes again and again
-    def copy_seconds(self, total: int, records: int) -> tuple[float, int]:
-        """Return what copying a batch costs, and with how many threads it costs least."""
+    def copy_seconds(self, total: int, records: int, *, warm: bool = True) -> tuple[float, int]:
+        """Return what copying a batch costs, into warm memory or not, and with how many threads it costs least."""
         by_threads = [total * _between(curve, total) for curve in self.copied_byte[:MOST]]
         best = min(range(len(by_threads)), key=by_threads.__getitem__)
-        return self.copy_call + records * self.copied_record + by_threads[best], best + 1
+        fresh = 0.0 if warm else total * self.fresh_byte
+        return self.copy_call + records * self.copied_record + by_threads[best] + fresh, best + 1
 
 
 def _between(curve: tuple[float, ...], total: int) -> float:

@@ -47,7 +47,14 @@ def gather_batch(
         return MappedBatch(np.empty(0, np.uint8), spec, ids, zero_copy=False)
     total = n * spec.nbytes
     if isinstance(source, Extents):
-        plan = make_plan(source, spec.nbytes, strategy, free_vmas=POOL.free_vmas, costs=costs_here())
+        plan = make_plan(
+            source,
+            spec.nbytes,
+            strategy,
+            free_vmas=POOL.free_vmas,
+            costs=costs_here(),
+            warm_bytes=POOL.limits.idle_bytes,
+        )
         threads = min(threads, plan.threads)
         if plan.map:
             try:

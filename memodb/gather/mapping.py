@@ -60,6 +60,7 @@ def map_records(extents: Extents, nbytes: int, plan: Plan) -> Range:
                 "or its device fails; verify() tells which records are concerned"
             ) from error
         raise
+    window.keep = not plan.small_pages  # small pages are taken out one by one, now or then
     return window
 
 

@@ -66,7 +66,15 @@ def runs(extents: Extents, nbytes: int) -> np.ndarray[Any, np.dtype[np.int64]]:
     return np.concatenate([[0], np.flatnonzero(breaks) + 1])
 
 
-def make_plan(extents: Extents, nbytes: int, strategy: Strategy, *, free_vmas: Callable[[], int], costs: Costs) -> Plan:
+def make_plan(
+    extents: Extents,
+    nbytes: int,
+    strategy: Strategy,
+    *,
+    free_vmas: Callable[[], int],
+    costs: Costs,
+    warm_bytes: int = 1 << 62,
+) -> Plan:
     """Choose between mapping and copying.
 
     Parameters
@@ -82,6 +90,8 @@ def make_plan(extents: Extents, nbytes: int, strategy: Strategy, *, free_vmas: C
         Tells how many VMAs this batch may still take; asked if it comes to that.
     costs
         Constants of the cost model.
+    warm_bytes
+        Largest copy that finds its memory warm.
 
     Raises
     ------
@@ -90,7 +100,7 @@ def make_plan(extents: Extents, nbytes: int, strategy: Strategy, *, free_vmas: C
     """
     check_strategy(strategy)
     n = len(extents)
-    copy_seconds, threads = costs.copy_seconds(n * nbytes, n)
+    copy_seconds, threads = costs.copy_seconds(n * nbytes, n, warm=n * nbytes <= warm_bytes)
     copy = Plan(False, _NO_RUNS, threads=threads)
     if strategy == "copy":
         return copy

@@ -43,13 +43,18 @@ class Limits:
 
 @dataclass(eq=False, slots=True)
 class Range:
-    """A range of addresses that a batch stands on; `filled` bytes of a window hold mappings, `vmas` of them."""
+    """A range of addresses that a batch stands on.
+
+    `filled` bytes of a window hold mappings, `vmas` of them; `keep` tells whether laying the next batch over them would
+    save anything.
+    """
 
     address: int
     nbytes: int
     window: bool
     filled: int = 0
     vmas: int = 0
+    keep: bool = False
 
 
 class Holder(vm.Span):
@@ -199,7 +204,7 @@ class Pool:
     def _sort_in(self, owned: Range) -> None:
         if not owned.window:
             self._buffers.append(owned)
-        elif self._users and owned.filled >= _WORTH_KEEPING:
+        elif self._users and owned.keep and owned.filled >= _WORTH_KEEPING:
             self._kept.append(owned)
         else:
             self._empty_out(owned)
@@ -226,7 +231,7 @@ class Pool:
 
     def _trim(self) -> None:
         while self._surplus():
-            if self._kept and (not self._users or len(self._kept) > _KEPT_WINDOWS or not self._buffers):
+            if self._kept and len(self._empty) <= _IDLE_WINDOWS and len(self._buffers) <= _IDLE_BUFFERS:
                 self._empty_out(self._kept.pop(0))
                 continue
             idle = self._buffers if self._users and len(self._empty) <= _IDLE_WINDOWS else self._empty or self._buffers
