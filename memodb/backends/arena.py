@@ -265,30 +265,24 @@ class ArenaBackend(ValueBackend):
         first, last = int(locators.min()), int(locators.max())
         number = first >> 32
         if number == last >> 32:  # one segment, as of most small stores: worth a short way
-            segment = self._ready(number, last & 0xFFFFFFFF)
+            segment = self._ready(number)
+            segment.require(((last & 0xFFFFFFFF) + 1) * self.spec.nbytes)
             return Extents.in_one(segment, (locators - np.uint64(number << 32)).view(np.int64), self.spec.nbytes)
-        slots = (locators & _SLOT_MASK).view(np.int64)
+        offsets = (locators & _SLOT_MASK).view(np.int64) * self.spec.nbytes
         if len(locators) <= _FEW:
-            lasts: dict[int, int] = {}
-            numbers = []
-            for number, slot in zip((locators >> _SLOT_BITS).tolist(), slots.tolist(), strict=True):
-                numbers.append(number)
-                if slot >= lasts.get(number, 0):
-                    lasts[number] = slot
-            places = {number: i for i, number in enumerate(lasts)}
+            numbers = (locators >> _SLOT_BITS).tolist()
+            places = {number: i for i, number in enumerate(dict.fromkeys(numbers))}
             inverse = np.fromiter(map(places.__getitem__, numbers), np.int64, len(numbers))
+            distinct = list(places)
         else:
-            distinct, inverse = np.unique(locators >> _SLOT_BITS, return_inverse=True)
-            tops = np.zeros(len(distinct), np.int64)
-            np.maximum.at(tops, inverse, slots)
-            lasts = dict(zip(distinct.tolist(), tops.tolist(), strict=True))
-        segments = [self._ready(number, slot) for number, slot in lasts.items()]
-        return Extents(segments, inverse, slots * self.spec.nbytes, even=True)
+            found, inverse = np.unique(locators >> _SLOT_BITS, return_inverse=True)
+            distinct = found.tolist()
+        # Whoever copies asks each segment for the bytes it needs; a mapping finds out by itself.
+        return Extents([self._ready(number) for number in distinct], inverse, offsets, even=True)
 
-    def _ready(self, number: int, last_slot: int) -> SegmentFile:
-        """Return a segment that surely has the bytes of its slots up to `last_slot`, and knows its pages."""
+    def _ready(self, number: int) -> SegmentFile:
+        """Return an open segment that knows its pages."""
         segment = self._open.get(number) or self._segment(number)
-        segment.require((last_slot + 1) * self.spec.nbytes)
         if self._looks and segment.must_look():
             segment.look(self._written(number))
         return segment
