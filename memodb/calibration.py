@@ -24,6 +24,8 @@ from memodb.threads import MOST
 _SMALL, _MEDIUM, _LARGE = 4 << 10, 64 << 10, 2 << 20
 #: Largest batch that is measured; larger ones cost as much a byte. The store behind it holds twice as much.
 _MOST_BYTES = 256 << 20
+#: Batch by which pages are measured.
+_BATCH = 64 << 20
 _STEPS = 4
 
 Ids = np.ndarray[Any, np.dtype[np.int64]]
@@ -150,20 +152,20 @@ def _measure_small(path: Path, found: dict[str, Any]) -> None:
 
 
 def _measure_loose(path: Path, found: dict[str, Any]) -> None:
-    with _Bench(path, _LARGE, 256 << 20, huge_pages=False) as bench:
-        n = (128 << 20) // _LARGE
+    with _Bench(path, _LARGE, 4 * _BATCH, huge_pages=False) as bench:
+        n = 2 * _BATCH // _LARGE
         seconds = bench.time(bench.random, n, "map")[0] - found["map_call"] - n * found["vma"]
-        found["loose_page"] = _each(seconds, (128 << 20) / _SMALL)
+        found["loose_page"] = _each(seconds, 2 * _BATCH / _SMALL)
     start = time.perf_counter()
-    vm.unmap(vm.allocate(128 << 20), 128 << 20)
-    found["fresh_byte"] = _each(time.perf_counter() - start, 128 << 20)
+    vm.unmap(vm.allocate(2 * _BATCH), 2 * _BATCH)
+    found["fresh_byte"] = _each(time.perf_counter() - start, 2 * _BATCH)
 
 
 def _measure_medium(path: Path, found: dict[str, Any]) -> None:
     with _Bench(path, _MEDIUM, 2 * _MOST_BYTES) as bench:
-        n = (64 << 20) // _MEDIUM
+        n = _BATCH // _MEDIUM
         entered = bench.time(bench.pieces, n, "map")[0] - found["map_call"] - 64 * found["vma"]
-        found["small_page"] = _each(entered, (64 << 20) / _SMALL)
+        found["small_page"] = _each(entered, _BATCH / _SMALL)
         mapped: list[float] = []
         copied: list[list[float]] = [[] for _ in range(MOST)]
         for size in SIZES:

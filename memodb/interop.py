@@ -13,6 +13,7 @@ from memodb.record import EXTENSION_DTYPES, RecordSpec
 
 #: DLDataTypeCode of what numpy cannot name (dlpack.h, version 1.1).
 _DLPACK_CODES = {"bfloat16": 4, "float8_e4m3fn": 10, "float8_e5m2": 12}
+_DLPACK_UINT = 1
 _INTEGER_OF_WIDTH = {1: np.uint8, 2: np.uint16}
 
 
@@ -32,6 +33,9 @@ class _DLTensor(ctypes.Structure):
 _VERSIONED_OFFSET = 8 + 8 + 8 + 8
 _get_pointer = ctypes.pythonapi.PyCapsule_GetPointer
 _get_pointer.restype = ctypes.c_void_p
+_get_name = ctypes.pythonapi.PyCapsule_GetName
+_get_name.restype = ctypes.c_char_p
+_get_name.argtypes = [ctypes.py_object]
 _get_pointer.argtypes = [ctypes.py_object, ctypes.c_char_p]
 
 
@@ -98,13 +102,46 @@ def to_numpy(values: Any, dtype: np.dtype[Any] | None = None) -> np.ndarray[Any,
         if hasattr(values, "__array__") or hasattr(values, "__array_interface__"):
             return np.asarray(values)
         if hasattr(values, "__dlpack__"):
-            return np.from_dlpack(values)
+            return _from_dlpack(values)
         plain = np.asarray(values)
         return plain if dtype is None else _as_written(plain, dtype)
     except (TypeError, ValueError, RuntimeError, BufferError, OverflowError, NotImplementedError) as error:
         raise InvalidRecordError(
             f"values of type {type(values).__name__} cannot be read as an array: {error}"
         ) from error
+
+
+class _Recoded:
+    """A DLPack producer whose bfloat16 or float8, which numpy cannot take, goes as integers of the same width."""
+
+    def __init__(self, values: Any) -> None:
+        self._values = values
+        self.name = ""
+
+    def __dlpack_device__(self) -> Any:
+        return self._values.__dlpack_device__()
+
+    def __dlpack__(self, **options: Any) -> Any:
+        try:
+            capsule = self._values.__dlpack__(**options)
+        except TypeError:  # a producer of before DLPack 1.0
+            capsule = self._values.__dlpack__()
+        versioned = _get_name(capsule) == b"dltensor_versioned"
+        name = b"dltensor_versioned" if versioned else b"dltensor"
+        tensor = _DLTensor.from_address(_get_pointer(capsule, name) + (_VERSIONED_OFFSET if versioned else 0))
+        found = [name for name, code in _DLPACK_CODES.items() if code == tensor.code]
+        if found and tensor.bits == 8 * EXTENSION_DTYPES[found[0]].itemsize and tensor.lanes == 1:
+            self.name, tensor.code = found[0], _DLPACK_UINT
+        return capsule
+
+
+def _from_dlpack(values: Any) -> np.ndarray[Any, Any]:
+    try:
+        return np.from_dlpack(values)
+    except (BufferError, RuntimeError):
+        recoded = _Recoded(values)
+        array: np.ndarray[Any, Any] = np.from_dlpack(recoded)
+        return array.view(EXTENSION_DTYPES[recoded.name]) if recoded.name else array
 
 
 def _as_written(plain: np.ndarray[Any, Any], dtype: np.dtype[Any]) -> np.ndarray[Any, Any]:

@@ -266,3 +266,10 @@ def test_a_database_that_dies_inside_a_gather(path):
         gc.collect()
     assert_same_bytes(db.multiget_mapped(ids).numpy(), VALUES)
     db.close()
+
+
+def test_a_batch_is_not_pickled_and_says_what_to_do(db):
+    import pickle
+
+    with pytest.raises(TypeError, match="ids"):
+        pickle.dumps(db.multiget_mapped([1]))

@@ -211,3 +211,13 @@ def test_a_masked_array_is_refused(make):
     with pytest.raises(memodb.InvalidRecordError, match="mask"):
         db.put(np.ma.masked_array(VALUES, VALUES > 0))
     assert len(db) == 0
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float8_e4m3fn", "float8_e5m2"])
+def test_values_that_offer_dlpack_and_numpy_has_no_dtype_for(make, dtype):
+    torch = pytest.importorskip("torch")
+    values = random_records(4, (2, 8), dtype)
+    integers = torch.from_numpy(values.view(f"u{values.dtype.itemsize}").copy())
+    db = make(shape=(2, 8), dtype=dtype)
+    ids = db.put(Dlpack(integers.view(getattr(torch, dtype))))
+    assert_same_bytes(db.multiget(ids), values)

@@ -134,6 +134,12 @@ class MappedBatch:
             self.numpy(writable=True), stream=stream, max_version=max_version, dl_device=dl_device, copy=copy
         )
 
+    def __reduce__(self) -> Any:
+        raise TypeError(
+            "a batch cannot be pickled, it stands on memory of this process; pickle the database and batch.ids, and "
+            "gather again over there"
+        )
+
     def __dlpack_device__(self) -> tuple[int, int]:
         """Return (kDLCPU, 0)."""
         return (1, 0)

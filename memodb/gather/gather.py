@@ -31,9 +31,9 @@ def gather_batch(
     ids: np.ndarray[Any, np.dtype[np.int64]],
     strategy: Strategy,
     *,
-    threads: int = MOST,
+    threads: int | None = None,
 ) -> MappedBatch:
-    """Gather the records of `ids` [n] from `source` into one batch, with at most so many threads.
+    """Gather the records of `ids` [n] from `source` into one batch; `threads` is for those who know better than it.
 
     Raises
     ------
@@ -55,7 +55,7 @@ def gather_batch(
             costs=costs_here(),
             warm_bytes=POOL.limits.idle_bytes,
         )
-        threads = min(threads, plan.threads)
+        threads = threads or plan.threads
         if plan.map:
             try:
                 window = map_records(source, spec.nbytes, plan)
@@ -74,7 +74,7 @@ def gather_batch(
             f"no memory for a batch of {total} bytes: {error}; gather fewer records at once"
         ) from error
     held = POOL.hold(buffer, total)
-    copy_into(source, held.reshape(n, spec.nbytes), threads)
+    copy_into(source, held.reshape(n, spec.nbytes), threads or MOST)
     return MappedBatch(held, spec, ids, zero_copy=False)
 
 
