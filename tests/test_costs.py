@@ -94,7 +94,7 @@ def test_auto_goes_by_the_costs(file, make):
 
 def test_calibration_measures_and_keeps(file, monkeypatch, shm):
     """On a small scale: what it finds is used at once, and nothing of its scratch stores is left."""
-    monkeypatch.setattr(calibration, "_MOST_BYTES", 1 << 20)
+    monkeypatch.setattr(calibration, "_MOST_BYTES", 16 << 20)
     monkeypatch.setattr(calibration, "_BATCH", 4 << 20)
     told = []
     found = memodb.calibrate(shm, progress=lambda done, steps: told.append((done, steps)))
