@@ -116,8 +116,12 @@ class Crew:
                 break
             except BaseException as error:
                 loop.error = error
-        if loop.error is not None:
-            raise loop.error
+        failed, loop.error = loop.error, None
+        if failed is not None:
+            try:
+                raise failed
+            finally:
+                del failed, loop  # or the traceback would keep this frame, and this frame the traceback
 
     def _start(self, wanted: int) -> None:
         if len(self._threads) >= wanted:
@@ -136,9 +140,11 @@ class Crew:
     def stop(self) -> None:
         """Let the threads end, and wait for them (they may hold the last reference to a record file)."""
         with self._lock:
+            # A queue of their own from here on: a newcomer must not take the end that is meant for one of these.
             threads, self._threads = self._threads, []
+            queue, self._queue = self._queue, SimpleQueue()
             for _ in threads:
-                self._queue.put(None)
+                queue.put(None)
         for thread in threads:
             if thread is not threading.current_thread():
                 thread.join()

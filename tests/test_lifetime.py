@@ -273,3 +273,15 @@ def test_a_batch_is_not_pickled_and_says_what_to_do(db):
 
     with pytest.raises(TypeError, match="ids"):
         pickle.dumps(db.multiget_mapped([1]))
+
+
+def test_a_batch_released_after_a_compaction_pins_nothing(shm):
+    """A large window may keep its pages for the next batch, but not those of a segment that is gone."""
+    with memodb.MemoDB.create(shm / "store", shape=(1024, 1024), dtype="uint16", segment_bytes=64 << 20) as db:
+        ids = db.put(np.ones((32, 1024, 1024), np.uint16))
+        batch = db.multiget_mapped(ids, "map")
+        db.delete(ids)
+        db.compact()
+        batch.release()
+        with open("/proc/self/maps") as lines:
+            assert not [line for line in lines if "(deleted)" in line and str(shm) in line]

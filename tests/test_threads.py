@@ -81,3 +81,27 @@ def test_stopping_and_going_on(crew):
         crew.share(done.append, 100)
         crew.stop()
         assert len(done) == 100
+
+
+def test_stopping_while_others_go_on(crew):
+    """The end that is meant for old helpers is not taken by new ones: nobody waits for ever."""
+    inside, go_on = threading.Event(), threading.Event()
+
+    def slow(i):
+        inside.set()
+        go_on.wait(60)
+
+    loop = threading.Thread(target=crew.share, args=(slow, 2, 2))
+    loop.start()
+    inside.wait(60)
+    stop = threading.Thread(target=crew.stop)
+    stop.start()
+    done = []
+    for _ in range(20):
+        crew.share(done.append, 10)
+    go_on.set()
+    loop.join(60)
+    stop.join(60)
+    assert not stop.is_alive()
+    assert not loop.is_alive()
+    assert len(done) == 200

@@ -138,3 +138,23 @@ except memodb.MemoDBError as error:
     )
     assert done.returncode == 0, f"status {done.returncode}: {done.stderr}"
     assert done.stdout.strip() in ("CorruptionError", "FormatVersionError", "StoreNotFoundError")
+
+
+def test_an_interrupted_lookup_is_read_again(make, path, monkeypatch):
+    """Ctrl-C while a block of the catalog is read: what it holds is not taken for never put."""
+    from memodb.catalog import rows
+
+    with make(shape=(2,), dtype="int32") as db:
+        ids = db.put(np.arange(12_000, dtype=np.int32).reshape(-1, 2))
+    with memodb.MemoDB.open(path) as db:
+        db.multiget(ids[:4000])
+        whole = rows.unpack
+
+        def interrupted(raw, where):
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(rows, "unpack", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            db.multiget(ids[5000:])
+        monkeypatch.setattr(rows, "unpack", whole)
+        assert db.multiget(ids)[:, 0].tolist() == list(range(0, 12_000, 2))

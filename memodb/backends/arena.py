@@ -315,8 +315,9 @@ class ArenaBackend(ValueBackend):
 
     def discard(self, token: int) -> None:
         """Unlink an emptied segment; batches that map it keep its memory until they die."""
-        self._open.pop(token, None)
-        self._file(token).unlink(missing_ok=True)
+        with self._lock:  # or a gather that looked before the commit would open it again in between
+            self._file(token).unlink(missing_ok=True)
+            self._open.pop(token, None)
 
     def after_fork(self) -> None:
         """Take a fresh lock."""

@@ -255,7 +255,9 @@ class SegmentFile:
             if offset < allocated:
                 # Allocated by an earlier put; but a file that was copied sparsely has holes where it should have pages.
                 start = offset // vm.PAGE * vm.PAGE
-                vm.populate_write(base + start, vm.round_up(min(end, allocated), vm.PAGE) - start)
+                stop = vm.round_up(min(end, allocated), vm.PAGE)
+                os.posix_fallocate(self.fd, start, stop - start)
+                vm.populate_write(base + start, stop - start)
             target = vm.Span(base + offset, end - offset, writable=True).array()
             step = max(_COLLAPSE, unit)
             bounds = [offset, *range(allocated, wanted, step)] if wanted > allocated else [offset]

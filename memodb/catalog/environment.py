@@ -10,6 +10,7 @@ from __future__ import annotations
 import fcntl
 import os
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -122,10 +123,24 @@ class Environment:
         with self._registry_lock:
             self._users -= 1
             if self._users == 0:
-                if self._key is not None:
-                    self._shared.pop(self._key, None)
-                with self._read_gate, self._write_gate:
-                    self._close()
+                # Nobody waits for a gate with the registry in hand (see `_before_fork`): whoever holds one may want it.
+                while not self._close_if_idle():
+                    self._registry_lock.release()
+                    time.sleep(0)
+                    self._registry_lock.acquire()
+                    if self._users:  # somebody opened it again meanwhile
+                        return
+
+    def _close_if_idle(self) -> bool:
+        with ExitStack() as gates:
+            for gate in (self._write_gate, self._read_gate):
+                if not gate.acquire(blocking=False):
+                    return False
+                gates.callback(gate.release)
+            if self._key is not None:
+                self._shared.pop(self._key, None)
+            self._close()
+        return True
 
     def _close(self) -> None:
         if self._env is not None:

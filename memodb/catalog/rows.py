@@ -156,6 +156,13 @@ class RowCache:
         return np.where(known, self._slot[np.where(known, blocks, 0)], -1)
 
     def _refresh(self, blocks: Ids, load: Any) -> None:
+        try:
+            self._read(blocks, load)
+        except BaseException:  # an interrupt, a damaged block: what is half read must not be taken for what is there
+            self.clear()
+            raise
+
+    def _read(self, blocks: Ids, load: Any) -> None:
         if self._used + len(blocks) > _CACHED_BLOCKS:
             self.clear()
         if self._used <= _CHECKED_TOGETHER:
@@ -169,12 +176,12 @@ class RowCache:
                     continue
                 slot = int(self._slot[block]) if block < len(self._slot) else -1
                 stamp = _STAMP.unpack_from(raw)[0]
-                if slot < 0:
-                    slot = self._add(block)
-                elif stamp == self._stamp[slot]:
+                if slot >= 0 and stamp == self._stamp[slot]:
                     self._checked[slot] = number
                     continue
                 rows = unpack(raw, self._path)
+                if slot < 0:
+                    slot = self._add(block)
                 self._rows[slot, : len(rows)] = rows
                 self._rows[slot, len(rows) :] = np.zeros((), ROW)
                 live = self._rows[slot]["state"] == LIVE
@@ -194,8 +201,9 @@ class RowCache:
         if self._used == len(self._rows):
             capacity = max(4, 2 * self._used)
             self._rows = np.concatenate([self._rows, np.zeros((capacity - self._used, BLOCK), ROW)])
-            self._stamp = np.resize(self._stamp, capacity)
-            self._checked = np.resize(self._checked, capacity)
+            more = np.zeros(capacity - self._used, np.uint64)
+            self._stamp = np.concatenate([self._stamp, more])
+            self._checked = np.concatenate([self._checked, more])
         self._slot[block] = self._used
         self._used += 1
         return self._used - 1

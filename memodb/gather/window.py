@@ -46,7 +46,7 @@ class Range:
     """A range of addresses that a batch stands on.
 
     `filled` bytes of a window hold mappings, `vmas` of them; `keep` tells whether laying the next batch over them would
-    save anything.
+    save anything, `epoch` as of when they are known to be of files that their store still has.
     """
 
     address: int
@@ -55,6 +55,7 @@ class Range:
     filled: int = 0
     vmas: int = 0
     keep: bool = False
+    epoch: int = 0
 
 
 class Holder(vm.Span):
@@ -82,6 +83,7 @@ class Pool:
         self._kept: list[Range] = []
         self._buffers: list[Range] = []
         self._users = 0
+        self._epoch = 0
         self.vmas = 0
 
     def limit(self, idle_bytes: int | None, mappings: int | None) -> dict[str, int]:
@@ -142,13 +144,13 @@ class Pool:
                 found = Range(vm.reserve(size), size, window=True)
             elif found.filled > nbytes:
                 vm.map_nothing(found.address + nbytes, found.filled - nbytes)
-        except OSError:
+        except BaseException:
             with self._lock:
                 self.vmas -= vmas
                 if found is not None:
                     vm.unmap(found.address, found.nbytes)
             raise
-        found.vmas, found.filled = vmas, nbytes
+        found.vmas, found.filled, found.keep, found.epoch = vmas, nbytes, False, self._epoch
         return found
 
     def buffer(self, nbytes: int) -> Range:
@@ -186,6 +188,7 @@ class Pool:
     def forget_pages(self) -> None:
         """Empty the idle windows: what they map may have been removed from its store."""
         with self._lock:
+            self._epoch += 1
             self._empty_kept()
 
     def _collect(self) -> None:
@@ -204,16 +207,20 @@ class Pool:
     def _sort_in(self, owned: Range) -> None:
         if not owned.window:
             self._buffers.append(owned)
-        elif self._users and owned.keep and owned.filled >= _WORTH_KEEPING:
+        elif self._users and owned.keep and owned.epoch == self._epoch and owned.filled >= _WORTH_KEEPING:
             self._kept.append(owned)
         else:
             self._empty_out(owned)
 
     def _empty_out(self, owned: Range) -> None:
-        vm.map_nothing(owned.address, owned.nbytes)
         self.vmas -= owned.vmas
         owned.vmas = owned.filled = 0
-        self._empty.append(owned)
+        try:
+            vm.map_nothing(owned.address, owned.nbytes)
+        except OSError:  # at the limit of mappings even this one is refused: letting go of the range needs none
+            vm.unmap(owned.address, owned.nbytes)
+        else:
+            self._empty.append(owned)
 
     def _empty_kept(self) -> None:
         while self._kept:
