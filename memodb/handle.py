@@ -27,7 +27,7 @@ from memodb.errors import (
     StoreNotFoundError,
 )
 from memodb.gather.gather import Source, closed, forget_pages, opened
-from memodb.gather.prefetch import Prefetched
+from memodb.gather.prefetch import Prefetched, drain
 from memodb.index.manager import IndexSet
 from memodb.lock import WriterLock
 from memodb.record import RecordSpec
@@ -114,6 +114,7 @@ class Handle:
                 if not self._closed and self._mode == "r+" and self.key_dim:
                     self._indexes.save(INDEX_AT_CLOSE)
             finally:
+                drain(self._prefetched.close())
                 self._shut()
 
     def _shut(self) -> None:
@@ -121,7 +122,7 @@ class Handle:
             return
         self._closed = True
         _HANDLES.discard(self)
-        self._prefetched.forget()
+        self._prefetched.close()
         self._backend.close()
         self._catalog.close()
         if self._writer_lock is not None:
