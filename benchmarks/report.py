@@ -151,7 +151,7 @@ def _losses(results: Results) -> str:
         "- **A gather has a price of its own**: 64 calls of mmap(2) take 0.45 ms and entering 192 huge pages 0.29 ms "
         "(kernel, measured apart), Python about 0.25 ms when the caches are cold from the read before. Beside a read "
         "of 403 MB in 12 ms that is 8 per cent; beside a slower memory less.",
-        "- **Below 0.3 ms** a call costs more than what it moves: 64 records of 4 KiB take about 80 microseconds in a "
+        "- **Below 0.3 ms** a call costs more than what it moves: 64 records of 4 KiB take about 45 microseconds in a "
         'tight loop, and 2 to 3 times that between other work; there "auto" costs up to 30 per cent more than '
         "naming the strategy.",
         "- **Formats that store differently shaped arrays, compress or slice** (zarr, tensorstore, h5py) do what "
