@@ -285,3 +285,36 @@ def test_a_batch_released_after_a_compaction_pins_nothing(shm):
         batch.release()
         with open("/proc/self/maps") as lines:
             assert not [line for line in lines if "(deleted)" in line and str(shm) in line]
+
+
+def test_interrupts_while_batches_come_and_go(path):
+    """Ctrl-C at any moment, also while a batch is released: the process never hangs, and gathers on."""
+    from programs import run_program
+
+    program = """
+import random, signal, sys, time
+import numpy as np, memodb
+
+signal.signal(signal.SIGALRM, signal.default_int_handler)
+sys.unraisablehook = lambda unraisable: None  # an interrupt inside of a finalizer
+values = np.arange(64, dtype=np.uint8).repeat(1 << 20).reshape(64, 1 << 20)
+db = memodb.MemoDB.create(sys.argv[1], shape=(1 << 20,), dtype="uint8")
+db.put(values)
+ids = np.arange(64)[::-1][:40].copy()
+for turn in range(60):
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.0005 + random.random() * 0.006)
+        end = time.monotonic() + 0.015
+        while time.monotonic() < end:
+            batch = db.multiget_mapped(ids, strategy=("map", "copy")[turn % 2])
+            batch = None
+    except KeyboardInterrupt:
+        pass
+    signal.setitimer(signal.ITIMER_REAL, 0)
+for strategy in ("map", "copy"):
+    assert np.array_equal(db.multiget_mapped(ids, strategy=strategy).numpy(), values[ids])
+db.close()
+memodb.gather_limits()
+print("ok")
+"""
+    assert run_program(path.parent, program, path) == "ok\n"

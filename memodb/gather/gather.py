@@ -59,7 +59,12 @@ def gather_batch(
         if plan.map:
             try:
                 window = map_records(source, spec.nbytes, plan)
-                return MappedBatch(POOL.hold(window, total, plan.shift), spec, ids, zero_copy=True)
+                try:
+                    held = POOL.hold(window, total, plan.shift)
+                except BaseException:
+                    POOL.give_back(window, intact=False)
+                    raise
+                return MappedBatch(held, spec, ids, zero_copy=True)
             except MappingUnsupportedError:
                 if strategy == "map":
                     raise

@@ -7,6 +7,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import suppress
 from typing import Any, TypeVar
 
 import numpy as np
@@ -73,7 +74,8 @@ class Prefetched:
                 if not oldest.cancel() and not oldest.done():
                     self._dropped.append(oldest)
             self._dropped = [future for future in self._dropped if not future.done()]
-            self._pending[key] = BACKGROUND.submit(gather)
+            with suppress(RuntimeError):  # no thread to be had: then it is gathered when it is asked for
+                self._pending[key] = BACKGROUND.submit(gather)
 
     def close(self) -> list[Future[MappedBatch]]:
         """Drop them all, and take no more; return those under way, for `drain`."""

@@ -193,16 +193,16 @@ class Pool:
 
     def _collect(self) -> None:
         # Only whoever gets the lock sorts returned ranges in; whoever does not leaves them to the holder of the lock,
-        # who looks again. A range that slips between the two is sorted in by the next call.
+        # who looks again. A range that slips between the two is sorted in by the next call. A thread that holds the
+        # lock sees it locked, so it never waits for itself. Not `acquire(blocking=False)`: an interrupt that lands
+        # between its return and the `try` would leave the lock taken for ever; none lands inside of `with`.
         while self._returned or self._surplus():
-            if not self._lock.acquire(blocking=False):
+            if self._lock.locked():
                 return
-            try:
+            with self._lock:
                 while self._returned:
                     self._sort_in(self._returned.popleft())
                 self._trim()
-            finally:
-                self._lock.release()
 
     def _sort_in(self, owned: Range) -> None:
         if not owned.window:
