@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from memodb import vm
 from memodb.catalog import Catalog
 from memodb.errors import MemoDBError, StoreAccessError, StoreExistsError, StoreFullError, StoreNotFoundError
 from memodb.lock import WriterLock
@@ -31,7 +32,7 @@ def claim(path: Path) -> WriterLock:
     missing = [folder for folder in path.parents if not folder.exists()]
     path.mkdir(parents=True, exist_ok=True)
     for folder in missing:
-        _sync(folder.parent)
+        vm.sync_directory(folder.parent)
     lock = WriterLock(path / LOCK)
     if not _is_cut_off(path):  # somebody else's creation came first
         lock.release()
@@ -102,12 +103,4 @@ def room(path: Path, max_bytes: int | None) -> int:
 def sync(path: Path) -> None:
     """Make a new store's directories durable, its own entry in its parent included (fsync(2) of each directory)."""
     for directory in (path / CATALOG, path / VALUES, path, path.parent):
-        _sync(directory)
-
-
-def _sync(directory: Path) -> None:
-    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+        vm.sync_directory(directory)

@@ -281,6 +281,15 @@ def is_dax(fd: int) -> bool:
     return bool(struct.unpack_from("=Q", buffer, 8)[0] & _STATX_ATTR_DAX)
 
 
+def sync_directory(path: str | os.PathLike[str]) -> None:
+    """Make the entries of a directory durable (fsync(2))."""
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
 class Span:
     """A range of memory that numpy can stand on: every array made from it keeps it, and whatever it keeps, alive.
 

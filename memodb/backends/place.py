@@ -69,11 +69,11 @@ class Place:
                 raise StoreFullError(f"no room for {self.directory}: {error.strerror}; free space there") from error
             raise
         if not self.system.in_memory:
-            _sync(self.directory.parent)
+            vm.sync_directory(self.directory.parent)
 
     def sync(self) -> None:
         """Make new and removed segments durable (fsync(2) of the directory)."""
-        _sync(self.directory)
+        vm.sync_directory(self.directory)
 
     def remove(self) -> None:
         """Remove the directory and all segments."""
@@ -88,11 +88,3 @@ def is_writable_directory(path: object) -> bool:
 def own_directory(segments_path: str) -> str:
     """Return the path of a directory of a new store's own in `segments_path`, so that no two stores mix."""
     return os.path.join(os.path.abspath(segments_path), f"memodb-{secrets.token_hex(8)}")
-
-
-def _sync(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
