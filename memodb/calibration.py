@@ -16,6 +16,7 @@ import numpy as np
 
 from memodb import vm
 from memodb.database import MemoDB
+from memodb.gather.batch import MappedBatch
 from memodb.gather.costs import SIZES, Costs, calibration_file, costs_here, save_costs
 from memodb.gather.gather import gather_batch
 from memodb.gather.plan import Strategy
@@ -114,7 +115,7 @@ class _Bench:
         for turn in range(max(9, min(41, (64 << 20) // warm.nbytes)) + 2):
             ids = draw(n)
             start = time.perf_counter()
-            batch = gather_batch(self._db._locate(ids), self._db.spec, ids, strategy, threads=threads)
+            batch = self._gather(ids, strategy, threads)
             gathered = time.perf_counter()
             _read(batch.numpy())
             read = time.perf_counter()
@@ -127,6 +128,10 @@ class _Bench:
                 reads.append(read - gathered)
                 floors.append(end - released)
         return median(gathers), median(reads) - median(floors)
+
+    def _gather(self, ids: Ids, strategy: Strategy, threads: int) -> MappedBatch:
+        spec = self._db.spec
+        return self._db._gathered(ids, lambda source: gather_batch(source, spec, ids, strategy, threads=threads))
 
 
 def _read(values: np.ndarray[Any, Any]) -> None:

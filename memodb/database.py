@@ -23,7 +23,7 @@ from memodb.errors import (
     StoreNotFoundError,
 )
 from memodb.gather.batch import MappedBatch
-from memodb.gather.gather import check_strategy, copy_into, forget_pages, gather_batch
+from memodb.gather.gather import Source, check_strategy, copy_into, forget_pages, gather_batch
 from memodb.gather.plan import Strategy
 from memodb.handle import INDEX_AT_CLOSE, Handle, RestoringOnError
 from memodb.lock import WriterLock
@@ -76,7 +76,7 @@ class MemoDB(Handle):
         shape: Sequence[int] | int,
         dtype: Any,
         key_dim: int | None = None,
-        backend: str = "arena",
+        backend: str | None = None,
         index: str = "auto",
         max_bytes: int | None = None,
         **backend_options: Any,
@@ -86,13 +86,15 @@ class MemoDB(Handle):
         Parameters
         ----------
         path
-            Directory of the store; it must not exist, or be empty.
+            Directory of the store; it must not exist, or be empty. ":memory:" makes a store that is gone when this
+            handle is closed.
         shape, dtype
             Of ONE record. Every numeric numpy dtype, and "bfloat16", "float8_e4m3fn", "float8_e5m2".
         key_dim
             Width of the float32 keys; None for a store that is never searched.
         backend
-            Name of the backend that holds the records (see `memodb.available_backends`).
+            Name of the backend that holds the records (see `memodb.available_backends`). Default: "arena", and
+            "memory" for ":memory:".
         index
             faiss factory string ("Flat", "HNSW32", "IVF1024,PQ32", ...), or "auto": exact while a namespace is small,
             HNSW32 beyond.
@@ -108,9 +110,13 @@ class MemoDB(Handle):
         InvalidRecordError, InvalidOptionError, BackendNotFoundError
             If an argument cannot be used; nothing is made then.
         """
-        where = arguments.as_path(path)
+        volatile = path == layout.MEMORY
+        if backend is None:
+            backend = "memory" if volatile else "arena"
         spec = RecordSpec.of(shape, dtype)
         loaded = registry.load(backend)
+        throwaway = layout.Throwaway() if volatile else None
+        where = arguments.as_path(path) if throwaway is None else throwaway.path
         limit = None if max_bytes is None else arguments.as_count("max_bytes", max_bytes)
         with layout.access(where):
             room = layout.room(where, limit)
@@ -129,6 +135,7 @@ class MemoDB(Handle):
         db = None
         try:
             db = cls(where, "r+", lock, settings)
+            db._throwaway = throwaway
             layout.sync(where)
             return db
         except BaseException:
@@ -158,6 +165,11 @@ class MemoDB(Handle):
         FormatVersionError, CorruptionError, StoreAccessError
             If the store cannot be read.
         """
+        if path == layout.MEMORY:
+            raise StoreNotFoundError(
+                f"{layout.MEMORY!r} is a new store each time: it is reached by the handle that create() returned, and, "
+                "in the same process, by that handle's path"
+            )
         where = arguments.as_path(path)
         if mode not in ("r", "r+"):
             raise InvalidOptionError(f"mode must be 'r' or 'r+', found {mode!r}; a new store is made by create()")
@@ -232,7 +244,7 @@ class MemoDB(Handle):
             with RestoringOnError(self):
                 locators = self._backend.append(records)
                 self._backend.sync()
-                sums = record_checksums(records)
+                sums = record_checksums(self._backend.as_kept(records))
                 ids = self._catalog.commit(locators, sums, names, rows, keys, self._backend.state(), ids)
             self._counters.puts += 1
             self._counters.records_put += len(ids)
@@ -370,11 +382,12 @@ class MemoDB(Handle):
         wanted = arguments.as_ids(ids)
         if out is not None:
             _check_out(out, self._spec, len(wanted))
-        source = self._locate(wanted)
         if out is None:
-            out = gather_batch(source, self._spec, wanted, "copy").numpy(writable=True)
+            batch = self._gathered(wanted, lambda source: gather_batch(source, self._spec, wanted, "copy"))
+            out = batch.numpy(writable=True)
         elif len(wanted):
-            copy_into(source, out.reshape(-1).view(np.uint8).reshape(len(wanted), self._spec.nbytes))
+            rows = out.reshape(-1).view(np.uint8).reshape(len(wanted), self._spec.nbytes)
+            self._gathered(wanted, lambda source: copy_into(source, rows))
         self._counters.gathered(wanted.copy(), out.nbytes, mapped=False)
         return out
 
@@ -405,10 +418,12 @@ class MemoDB(Handle):
         self._check_open()
         check_strategy(strategy)
         wanted = arguments.as_ids(ids)
-        source = self._locate(wanted)
-        batch = self._prefetched.take(wanted, strategy)
-        if batch is None:
-            batch = gather_batch(source, self._spec, wanted, strategy)
+
+        def gather(source: Source) -> MappedBatch:
+            prepared = self._prefetched.take(wanted, strategy)
+            return gather_batch(source, self._spec, wanted, strategy) if prepared is None else prepared
+
+        batch = self._gathered(wanted, gather)
         self._counters.gathered(batch.ids, batch.nbytes, mapped=batch.zero_copy)
         return batch
 
@@ -431,7 +446,8 @@ class MemoDB(Handle):
         self._check_open()
         check_strategy(strategy)
         wanted = arguments.as_ids(ids).copy()
-        source = self._locate(wanted)
+        seen = self._catalog.transaction()
+        source = self._source(self._catalog.locators(wanted, seen), seen)
         # One thread: the others belong to what is computed meanwhile.
         self._prefetched.start(wanted, strategy, lambda: gather_batch(source, self._spec, wanted, strategy, threads=1))
 

@@ -6,16 +6,17 @@ import errno
 import os
 import threading
 import weakref
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, TypeVar
 
 import numpy as np
 
 from memodb import layout
 from memodb.backends import registry
-from memodb.backends.base import SupportsExtents, ValueBackend
+from memodb.backends.base import Locators, SupportsExtents, ValueBackend
 from memodb.catalog import Catalog
 from memodb.counters import Counters
 from memodb.errors import (
@@ -32,6 +33,7 @@ from memodb.index.manager import IndexSet
 from memodb.lock import WriterLock
 from memodb.record import RecordSpec
 
+T = TypeVar("T")
 #: A namespace is indexed at close if it grew by so many keys: up to there a reader's exact search is quick anyway.
 INDEX_AT_CLOSE = 10_000
 
@@ -56,6 +58,7 @@ class Handle:
         self._mode: Literal["r", "r+"] = mode
         self._lock = threading.RLock()
         self._writer_lock = lock
+        self._throwaway: layout.Throwaway | None = None
         self._failed: Exception | None = None
         self._unrestored = False
         self._closed = True
@@ -125,8 +128,12 @@ class Handle:
         self._prefetched.close()
         self._backend.close()
         self._catalog.close()
+        if self._throwaway is not None and self._writer_lock is not None:
+            self._backend.remove()
         if self._writer_lock is not None:
             self._writer_lock.release()
+        if self._throwaway is not None:
+            self._throwaway.remove()
         closed()
 
     def __del__(self) -> None:
@@ -147,7 +154,7 @@ class Handle:
         return f"<MemoDB {os.fspath(self._path)!r} {self._spec}, {self.backend_name}, {state}>"
 
     def _after_fork(self) -> None:
-        self._mode, self._writer_lock = "r", None
+        self._mode, self._writer_lock, self._throwaway = "r", None, None
         self._lock = threading.RLock()
         self._catalog.renew_locks()
         self._prefetched.forget()
@@ -216,26 +223,35 @@ class Handle:
             self._backend.restore(self._catalog.backend_state()[1])
             self._unrestored = False
 
-    def _locate(self, ids: np.ndarray[Any, np.dtype[np.int64]]) -> Source:
+    def _source(self, locators: Locators, seen: int) -> Source:
+        """Return where records come from whose locators were looked up in transaction `seen`."""
+        if self._mode == "r" and seen != self._seen:
+            self._seen, state = self._catalog.backend_state()
+            if self._backend.refresh(state):
+                forget_pages()
+        if self._extents is not None:
+            return self._extents(locators)
+        backend = self._backend
+        return lambda out: backend.read(locators, out)
+
+    def _gathered(self, ids: np.ndarray[Any, np.dtype[np.int64]], gather: Callable[[Source], T]) -> T:
+        """Look records up and gather them; again, where they were moved or removed between the two."""
+        tried = None
         while True:
             seen = self._catalog.transaction()
             locators = self._catalog.locators(ids, seen)
-            if self._mode == "r" and seen != self._seen:
-                self._seen, state = self._catalog.backend_state()
-                if self._backend.refresh(state):
-                    forget_pages()
-            backend = self._backend
-            if self._extents is None:
-                return lambda out: backend.read(locators, out)
             try:
-                return self._extents(locators)
+                return gather(self._source(locators, seen))
             except FileNotFoundError as error:
-                # Compaction in another process may have moved the records between the two looks; without a commit it
-                # was not that.
-                if self._catalog.transaction() == seen:
+                if isinstance(error, MemoDBError):
+                    raise
+                # Compaction in another process may have come in between; without a commit it was not that.
+                if self._catalog.transaction() == seen or (tried is not None and np.array_equal(tried, locators)):
                     raise CorruptionError(
-                        f"a segment of {self._path} is missing ({error}); restore the store from a copy"
+                        f"what holds records of {self._path} is missing ({error}); restore the store from a copy, or "
+                        "delete what verify() names"
                     ) from error
+                tried = locators
 
 
 #: Errors of a full process, not of the device.

@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import tempfile
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +17,8 @@ from memodb.errors import MemoDBError, StoreAccessError, StoreExistsError, Store
 from memodb.lock import WriterLock
 
 CATALOG, VALUES, INDEX, LOCK = "catalog", "values", "index", "writer.lock"
+#: The path of a store that is not kept.
+MEMORY = ":memory:"
 OURS = {CATALOG, VALUES, INDEX, LOCK}
 
 
@@ -103,4 +107,24 @@ def room(path: Path, max_bytes: int | None) -> int:
 def sync(path: Path) -> None:
     """Make a new store's directories durable, its own entry in its parent included (fsync(2) of each directory)."""
     for directory in (path / CATALOG, path / VALUES, path, path.parent):
-        vm.sync_directory(directory)
+        if directory.is_dir():  # a backend on another machine has none
+            vm.sync_directory(directory)
+
+
+class Throwaway:
+    """The directory of a store that is gone when it is closed, or when the process ends (path ``":memory:"``)."""
+
+    def __init__(self) -> None:
+        shm = Path("/dev/shm")
+        parent = shm if os.access(shm, os.W_OK | os.X_OK) else None
+        self.path = Path(tempfile.mkdtemp(prefix=f"memodb-memory-{os.getpid()}-", dir=parent))
+        self._end = weakref.finalize(self, _remove_own, self.path, os.getpid())
+
+    def remove(self) -> None:
+        """Remove it now."""
+        self._end()
+
+
+def _remove_own(path: Path, pid: int) -> None:
+    if os.getpid() == pid:  # not a forked child's
+        shutil.rmtree(path, ignore_errors=True)

@@ -22,17 +22,23 @@ SETTINGS = settings(
 )
 
 
+def in_segment(segments, number, nbytes):
+    """Return a record's bytes as they lie in the first segment file."""
+    return (segments / "00000001.seg").read_bytes()[number * nbytes : (number + 1) * nbytes]
+
+
 class TestArenaInMemory(BackendTests):
     backend = "arena"
+
+    def raw(self, path, number):
+        return in_segment(path / "values", number, 16384)
 
     @pytest.fixture
     def folder(self, shm):
         return shm
 
 
-class TestArenaOnDisk(BackendTests):
-    backend = "arena"
-
+class TestArenaOnDisk(TestArenaInMemory):
     @pytest.fixture
     def folder(self, disk):
         return disk
@@ -51,6 +57,9 @@ class TestArenaElsewhere(BackendTests):
     def create(self, path, **settings):
         return memodb.MemoDB.create(path, segments_path=str(self.segments), **settings)
 
+    def raw(self, path, number):
+        return in_segment(next(self.segments.glob("memodb-*")), number, 16384)
+
     def damage(self, path, record, at):
         return flip_stored_byte(self.segments, record, at)
 
@@ -65,6 +74,20 @@ class ArenaOnDisk(StoreMachine):
     shape = (3, 5)
 
 
+class TestMemory(BackendTests):
+    backend = "memory"
+
+    @pytest.fixture
+    def folder(self, disk):
+        return disk
+
+
+class Memory(StoreMachine):
+    backend = "memory"
+
+
+TestMemoryMachine = Memory.TestCase
+TestMemoryMachine.settings = SETTINGS
 TestArenaMachineInMemory = ArenaInMemory.TestCase
 TestArenaMachineInMemory.settings = SETTINGS
 TestArenaMachineOnDisk = ArenaOnDisk.TestCase

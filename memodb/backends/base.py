@@ -1,4 +1,7 @@
-"""What a backend is: the `ValueBackend` base class and the optional ability to be mapped, `SupportsExtents`."""
+"""What a backend is: the `ValueBackend` base class and the optional ability to be mapped, `SupportsExtents`.
+
+Who writes one starts from `memodb.backends.keyed.KeyedBackend`, which leaves four short methods to fill in.
+"""
 
 from __future__ import annotations
 
@@ -64,6 +67,10 @@ class ValueBackend(ABC):
     after a failed write, and forgets them. Committed bytes never change. A backend implements `read`, or
     `SupportsExtents`, or both.
 
+    An `OSError` of a write that is not one of memodb's own errors counts as a failure of the device: nothing more is
+    written through that handle. So a backend raises `StoreFullError` where room is missing, and `StoreAccessError`
+    where another attempt may succeed.
+
     Parameters
     ----------
     path
@@ -77,7 +84,9 @@ class ValueBackend(ABC):
     """
 
     name: ClassVar[str]
-    #: What the backend can do: "maps", "durable", "remote", "compresses".
+    #: What the backend can do: "maps" (pages, without a copy), "durable" (a put that returned survives a power cut, on
+    #: a disk), "remote" (records may lie on another machine), "compresses", "shared" (other processes can read; taken
+    #: for granted where it is not named).
     abilities: ClassVar[Mapping[str, bool]]
 
     def __init__(self, path: Path, spec: RecordSpec, options: Mapping[str, Any], *, writable: bool) -> None:
@@ -116,6 +125,13 @@ class ValueBackend(ABC):
             If they do not fit; the caller then calls `restore`.
         """
 
+    def as_kept(self, values: Values) -> Values:
+        """Return `values` [n, *shape] as they will be read back: what checksums are taken of.
+
+        Other than `values` themselves only where the store was created with a lossy option.
+        """
+        return values
+
     def append_bytes(self, n: int) -> int:
         """Return how many more bytes on the store `n` more records would take."""
         return n * self.spec.nbytes
@@ -140,7 +156,15 @@ class ValueBackend(ABC):
         """
 
     def read(self, locators: Locators, out: np.ndarray[Any, np.dtype[np.uint8]]) -> None:
-        """Copy records into `out`, uint8 [n, nbytes] C-contiguous."""
+        """Copy records into `out`, uint8 [n, nbytes] C-contiguous.
+
+        Raises
+        ------
+        FileNotFoundError
+            If a record is not there: compaction may have removed or moved it since the locators were looked up.
+        CorruptionError
+            If one cannot be read.
+        """
         raise NotImplementedError(f"backend {self.name!r} offers extents only")
 
     def victims(self, locators: Locators) -> list[Victim]:
@@ -188,7 +212,7 @@ class SupportsExtents(Protocol):
         Raises
         ------
         FileNotFoundError
-            If a file is gone: compaction may have moved its records since the locators were looked up.
+            As `ValueBackend.read`; also later, by whoever uses the extents.
         """
 
 

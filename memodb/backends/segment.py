@@ -49,8 +49,6 @@ class SegmentFile:
         Make the file (it must not exist) instead of opening it read-only.
     writable
         Open for writing.
-    in_memory
-        Whether the file system keeps its bytes in memory.
     """
 
     def __init__(
@@ -81,7 +79,7 @@ class SegmentFile:
         self._look_at = 0.0
         self.address = 0
         self.fd = -1
-        self.in_memory = system.in_memory
+        self.touchable = system.in_memory
         self._whole = 0
         self._rows: np.ndarray[Any, np.dtype[np.uint8]] | None = None
         mode = os.O_RDWR if writable or create else os.O_RDONLY
@@ -171,7 +169,7 @@ class SegmentFile:
                 f"segment {self.path} is {size} bytes long, its records reach to byte {nbytes}: it was truncated; "
                 "restore the store from a copy"
             )
-        if self.in_memory and nbytes > self._whole:
+        if self.touchable and nbytes > self._whole:
             # Once a file, and again for what it grew by: records that were put have no holes, a sparse copy may, and a
             # hole is a SIGBUS where memory has run out.
             try:
@@ -225,7 +223,7 @@ class SegmentFile:
         sizes = {max(allocated, min(vm.round_up(end, least), full)) for least in (unit, self.page)}
         for wanted in sorted(sizes, reverse=True):
             try:
-                if self.in_memory:
+                if self.touchable:
                     return wanted, self._write_mapped(offset, end, values, allocated, wanted, unit)
                 if wanted > allocated:
                     os.posix_fallocate(self.fd, allocated, wanted - allocated)

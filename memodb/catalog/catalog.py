@@ -18,9 +18,9 @@ import lmdb
 import numpy as np
 
 from memodb.catalog import journal
-from memodb.catalog.environment import Environment
 from memodb.catalog.rows import BLOCK, DELETED, LIVE, ROW, Ids, RowCache, Rows, block_key, unpack, write_rows
 from memodb.catalog.tables import BACKEND, BLOCKS, COUNTERS, COUNTS, NAMES, SETTINGS, scan
+from memodb.environment import Environment
 from memodb.errors import (
     CorruptionError,
     FormatVersionError,

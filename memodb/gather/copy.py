@@ -24,7 +24,7 @@ _SMALL_RECORD, _MANY = 64 << 10, 8
 def copy_records(extents: Extents, nbytes: int, out: Bytes2D, threads: int = MOST) -> None:
     """Copy the records of `extents`, in order, into `out`, uint8 [n, nbytes] C-contiguous, on up to `threads`."""
     n, slots = len(extents), extents.slots
-    if not all(segment.in_memory for segment in extents.segments):
+    if not all(medium.touchable for medium in extents.media):
         _copy_from_files(extents, nbytes, out, threads)
         return
     if slots is None:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from itertools import repeat
 from typing import Any
 
 import numpy as np
 
 from memodb import vm
-from memodb.errors import CorruptionError, MappingUnsupportedError
+from memodb.errors import CorruptionError, MappingUnsupportedError, MemoDBError
 from memodb.extents import Extents
 from memodb.gather.plan import Plan
 from memodb.gather.window import POOL, Range
@@ -47,7 +47,7 @@ def map_records(extents: Extents, nbytes: int, plan: Plan) -> Range:
         vm.map_runs(window.address + plan.shift, _runs(extents, nbytes, starts))
     except BaseException as error:
         POOL.give_back(window, intact=False)
-        if isinstance(error, OSError):
+        if isinstance(error, OSError) and not isinstance(error, (FileNotFoundError, MemoDBError)):
             raise _refused(error, total) from error
         raise
     try:
@@ -66,15 +66,26 @@ def map_records(extents: Extents, nbytes: int, plan: Plan) -> Range:
 
 def _runs(extents: Extents, nbytes: int, starts: np.ndarray[Any, np.dtype[np.int64]]) -> Iterable[tuple[int, int, int]]:
     """Return (bytes, descriptor, offset) of each run."""
-    n, fds = len(extents), [segment.fd for segment in extents.segments]
+    n = len(extents)
     if len(starts) == n:
         lengths: Iterable[int] = repeat(nbytes)
         offset, segment = extents.offset, extents.segment
     else:
         lengths = (np.diff(starts, append=n) * nbytes).tolist()
         offset, segment = extents.offset[starts], extents.segment[starts]
+    if extents.lazy:
+        return _runs_of_files(extents, lengths, segment.tolist(), offset.tolist())
+    fds = [segment.fd for segment in extents.segments]
     of = repeat(fds[0]) if len(fds) == 1 else map(fds.__getitem__, segment.tolist())
     return zip(lengths, of, offset.tolist(), strict=False)
+
+
+def _runs_of_files(
+    extents: Extents, lengths: Iterable[int], segment: list[int], offset: list[int]
+) -> Iterator[tuple[int, int, int]]:
+    for length, i, at in zip(lengths, segment, offset, strict=False):
+        file = extents.segments[i]  # stays open until the next run is asked for
+        yield length, file.fd, at
 
 
 def _enter_pages(address: int, total: int, small_pages: int) -> None:

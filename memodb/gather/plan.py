@@ -137,10 +137,10 @@ def _may_pay(extents: Extents, nbytes: int, copy_seconds: float, costs: Costs) -
 
 
 def _obstacle(extents: Extents, nbytes: int, vmas: int, free_vmas: int) -> str:
-    for segment in extents.segments:
-        if segment.unmappable:
-            return segment.unmappable
-    page = max(segment.page for segment in extents.segments)
+    for medium in extents.media:
+        if medium.unmappable:
+            return medium.unmappable
+    page = max(medium.page for medium in extents.media)
     if nbytes % page or not _aligned(extents, page):
         return (
             f"records of {nbytes} bytes are not a multiple of the {page}-byte page, so their pages cannot lie side "
@@ -193,9 +193,9 @@ def _pages(extents: Extents, nbytes: int, whole: int) -> tuple[float, float, flo
     `whole` is how many huge ones there could be at most.
     """
     n = len(extents)
-    share = extents.segments[0].huge_share
-    if any(segment.huge_share != share for segment in extents.segments):
-        share = float(np.array([s.huge_share for s in extents.segments])[extents.segment].mean())
+    share = extents.media[0].huge_share
+    if any(medium.huge_share != share for medium in extents.media):
+        share = float(np.array([medium.huge_share for medium in extents.media])[extents.segment].mean())
     all_small = n * nbytes / vm.PAGE
     huge = whole * share
     return huge, all_small * share - huge * (vm.HUGE // vm.PAGE), all_small * (1 - share)

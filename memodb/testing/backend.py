@@ -58,7 +58,37 @@ class BackendTests:
         """
         return flip_stored_byte(path, record, at)
 
+    def raw(self, path: Path, number: int) -> bytes | None:
+        """Return the bytes of a record of the closed store at `path`, read by the plain client of what holds them.
+
+        Not by memodb: a file is opened, a table is queried by its own driver, and so on.
+
+        Parameters
+        ----------
+        path
+            A store of whose records none was ever deleted.
+        number
+            How many records were put before the wanted one.
+
+        Returns
+        -------
+        bytes or None
+            None where there is no other client.
+        """
+        return None
+
     # Writing and reading back
+
+    def test_a_plain_client_reads_the_same_bytes(self, folder: Path) -> None:
+        """What memodb put can be read without it."""
+        values = random_records(5, (4, 1024), "float32")
+        with self.create(folder / "store", shape=(4, 1024), dtype="float32") as db:
+            db.put(values[:2])
+            db.put(values[2:])
+        found = [self.raw(folder / "store", number) for number in range(5)]
+        if found[0] is None:
+            pytest.skip(f"no other client of backend {self.backend} is known to this suite")
+        assert found == [value.tobytes() for value in values]
 
     @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
     def test_records_come_back_bit_for_bit(self, folder: Path, shape: tuple[int, ...]) -> None:

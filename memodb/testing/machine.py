@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import shutil
 import tempfile
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 import memodb
+from memodb.testing.reader import OtherProcess, digest
 from memodb.testing.values import assert_same_bytes, random_records
 
 __all__ = ["StoreMachine"]
@@ -28,7 +30,8 @@ class StoreMachine(RuleBasedStateMachine):
 
     Verbs: put, multiget, multiget_mapped (batches are held over whatever comes next), delete, search, compact,
     reindex, reopen, copy. A second handle, open for reading from the start, has to show the same as the writer after
-    every step.
+    every step, and so has a reader in another process whenever it is asked (unless the backend says that it is not
+    "shared").
 
     Attributes
     ----------
@@ -48,8 +51,13 @@ class StoreMachine(RuleBasedStateMachine):
     dtype: ClassVar[str] = "float32"
     parent: ClassVar[Path | None] = None
 
+    _other: ClassVar[OtherProcess | None] = None
+
     def __init__(self) -> None:
         super().__init__()
+        self.shared = next(b for b in memodb.available_backends() if b.name == self.backend).abilities.get(
+            "shared", True
+        )
         self.folder = Path(tempfile.mkdtemp(prefix=f"memodb-machine-{os.getpid()}-", dir=self.parent))
         self.model: dict[int, tuple[Any, tuple[int, int], str]] = {}
         self.given = 0
@@ -67,7 +75,15 @@ class StoreMachine(RuleBasedStateMachine):
             backend=self.backend,
             **self.options,
         )
-        self.reader = memodb.MemoDB.open(self.folder / "store")
+        self._open_readers()
+
+    @property
+    def other(self) -> OtherProcess:
+        """The reader in another process, started once."""
+        if StoreMachine._other is None:
+            StoreMachine._other = OtherProcess()
+            atexit.register(StoreMachine._other.close)
+        return StoreMachine._other
 
     @rule(rows=st.lists(st.tuples(_KEY, _NAMESPACES), max_size=5))
     def put(self, rows: list[tuple[tuple[int, int], str]]) -> None:
@@ -100,6 +116,14 @@ class StoreMachine(RuleBasedStateMachine):
         expected = self._expected(ids)
         assert_same_bytes(batch.numpy(), expected)
         self.held.append((batch, expected))
+
+    @precondition(lambda self: self.model and self.shared)
+    @rule(data=st.data(), strategy=st.sampled_from([None, "auto", "copy"]))
+    def read_in_another_process(self, data: st.DataObject, strategy: str | None) -> None:
+        """Another process sees the same records."""
+        ids = data.draw(self._live_ids())
+        assert self.other.read(ids, strategy) == digest(self._expected(ids))
+        assert self.other.ids() == sorted(self.model)
 
     @precondition(lambda self: self.held)
     @rule(data=st.data())
@@ -173,7 +197,7 @@ class StoreMachine(RuleBasedStateMachine):
         shutil.rmtree(self.folder / "store")
         path.rename(self.folder / "store")
         self.db = memodb.MemoDB.open(self.folder / "store", mode="r+")
-        self.reader = memodb.MemoDB.open(self.folder / "store")
+        self._open_readers()
 
     @invariant()
     def both_handles_show_the_model(self) -> None:
@@ -203,9 +227,16 @@ class StoreMachine(RuleBasedStateMachine):
         finally:
             shutil.rmtree(self.folder)
 
+    def _open_readers(self) -> None:
+        self.reader = memodb.MemoDB.open(self.folder / "store")
+        if self.shared:
+            self.other.open(self.folder / "store")
+
     def _close(self) -> None:
         self.db.close()
         self.reader.close()
+        if self.shared:
+            self.other.close_store()
 
     def _live_ids(self) -> st.SearchStrategy[list[int]]:
         return st.lists(st.sampled_from(sorted(self.model)), min_size=1, max_size=8)
