@@ -47,6 +47,8 @@ _libc.madvise.restype = ctypes.c_int
 _libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 _libc.mincore.restype = ctypes.c_int
 _libc.mincore.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p]
+_libc.syncfs.restype = ctypes.c_int
+_libc.syncfs.argtypes = [ctypes.c_int]
 _libc.statfs.restype = ctypes.c_int
 _libc.statfs.argtypes = [ctypes.c_char_p, ctypes.c_void_p]
 
@@ -286,6 +288,22 @@ def sync_directory(path: str | os.PathLike[str]) -> None:
     fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def sync_filesystem(path: str | os.PathLike[str]) -> None:
+    """Make everything durable that was written to the file system that holds `path` (syncfs(2)).
+
+    Raises
+    ------
+    OSError
+        EIO, ENOSPC: something of it could not be written (Linux 5.8 and later tell).
+    """
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        if _libc.syncfs(fd) != 0:
+            raise _fail(f"syncfs({os.fspath(path)})")
     finally:
         os.close(fd)
 

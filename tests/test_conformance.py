@@ -1,6 +1,7 @@
 """The suites of `memodb.testing`, run for every backend of ours."""
 
 import os
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -72,6 +73,39 @@ class ArenaInMemory(StoreMachine):
 class ArenaOnDisk(StoreMachine):
     parent = None
     shape = (3, 5)
+
+
+class TestFilesInMemory(BackendTests):
+    backend = "files"
+
+    @pytest.fixture
+    def folder(self, shm):
+        return shm
+
+    def raw(self, path, number):
+        return subprocess.run(["cat", path / f"values/000000/000/{number:03x}"], capture_output=True, check=True).stdout
+
+
+class TestFilesOnDisk(TestFilesInMemory):
+    @pytest.fixture
+    def folder(self, disk):
+        return disk
+
+
+class FilesInMemory(StoreMachine):
+    backend = "files"
+    parent = Path("/dev/shm") if os.access("/dev/shm", os.W_OK) else None
+
+
+class FilesOnDisk(StoreMachine):
+    backend = "files"
+    shape = (3, 5)
+
+
+TestFilesMachineInMemory = FilesInMemory.TestCase
+TestFilesMachineInMemory.settings = SETTINGS
+TestFilesMachineOnDisk = FilesOnDisk.TestCase
+TestFilesMachineOnDisk.settings = SETTINGS
 
 
 class TestMemory(BackendTests):

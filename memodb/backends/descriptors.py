@@ -1,0 +1,165 @@
+"""Files that are opened when they are needed, and a bounded number of them that stay open for the next time."""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import os
+import resource
+import threading
+from collections import OrderedDict
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from memodb.errors import CorruptionError, StoreAccessError
+
+#: Descriptors kept open: a quarter of what the process may have, so many at most.
+_PART, _MOST = 4, 4096
+
+
+class OpenFile:
+    """A file open for reading, for as long as somebody holds the object.
+
+    Parameters
+    ----------
+    path
+        The file.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is none.
+    """
+
+    __slots__ = ("fd", "path")
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.fd = -1
+        self.fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+
+    def __del__(self) -> None:
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+
+    def read_into(self, offset: int, out: np.ndarray[Any, np.dtype[np.uint8]]) -> None:
+        """Copy bytes from `offset` on into `out`, C-contiguous, by pread(2).
+
+        Raises
+        ------
+        CorruptionError
+            If the device cannot read them, or the file ends before.
+        """
+        data = memoryview(out)  # type: ignore[arg-type]
+        while len(data):
+            try:
+                got = os.preadv(self.fd, [data], offset)
+            except OSError as error:
+                raise CorruptionError(
+                    f"{self.path} cannot be read at byte {offset}: {error.strerror}; its device fails: restore the "
+                    "store from a copy"
+                ) from error
+            if not got:
+                raise CorruptionError(
+                    f"{self.path} ends at byte {offset}, {len(data)} bytes too early: it was truncated; restore the "
+                    "store from a copy"
+                )
+            data, offset = data[got:], offset + got
+
+
+class DescriptorCache:
+    """The files that this process keeps open, the last used ones, of all owners together.
+
+    A file is dropped from here at any time, and closed when nobody else holds it: so who uses one holds it meanwhile.
+    """
+
+    def __init__(self) -> None:
+        self._owners = itertools.count()
+        self._files: OrderedDict[tuple[int, int], OpenFile] = OrderedDict()
+        self.renew_lock()
+
+    def renew_lock(self) -> None:
+        """Take a fresh lock (in a forked child)."""
+        self._lock = threading.RLock()
+
+    def owner(self) -> int:
+        """Return a number for somebody whose files are told from others'."""
+        return next(self._owners)
+
+    def get(self, owner: int, number: int, path: Path) -> OpenFile:
+        """Return file `number` of `owner`, opened now from `path` if need be.
+
+        Raises
+        ------
+        FileNotFoundError
+            If there is none at `path`.
+        StoreAccessError
+            If it may not be opened, or the process has no descriptor left.
+        """
+        key = owner, number
+        with self._lock:
+            file = self._files.get(key)
+            if file is not None:
+                self._files.move_to_end(key)
+                return file
+        file = self._open(path)
+        with self._lock:
+            self._files[key] = file
+        self.trim()
+        return file
+
+    def trim(self) -> None:
+        """Drop what was not used for longest, as far as the limit of the moment asks for it."""
+        most = capacity()
+        if len(self._files) > most:
+            with self._lock:
+                while len(self._files) > most:
+                    self._files.popitem(last=False)
+
+    def _open(self, path: Path) -> OpenFile:
+        try:
+            return OpenFile(path)
+        except PermissionError as error:
+            raise StoreAccessError(f"{path} cannot be opened: {error.strerror}; ask its owner for access") from error
+        except OSError as error:
+            if error.errno not in (errno.EMFILE, errno.ENFILE):
+                raise
+        self.clear()  # others in this process need theirs more
+        try:
+            return OpenFile(path)
+        except OSError as error:
+            if error.errno not in (errno.EMFILE, errno.ENFILE):
+                raise
+            raise StoreAccessError(
+                f"{path} cannot be opened: {error.strerror}; the process holds as many descriptors as it may have: "
+                "close some, or raise the limit (ulimit -n)"
+            ) from error
+
+    def forget(self, owner: int, numbers: Iterable[int] | None = None) -> None:
+        """Drop files of `owner`, or all of them."""
+        with self._lock:
+            keys = [key for key in self._files if key[0] == owner] if numbers is None else [(owner, n) for n in numbers]
+            for key in keys:
+                self._files.pop(key, None)
+
+    def clear(self) -> None:
+        """Drop everything."""
+        with self._lock:
+            self._files.clear()
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+
+def capacity() -> int:
+    """Return how many files are kept open at most, by the process's limit of the moment (RLIMIT_NOFILE)."""
+    soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return _MOST if soft == resource.RLIM_INFINITY else max(1, min(soft // _PART, _MOST))
+
+
+DESCRIPTORS = DescriptorCache()
+os.register_at_fork(after_in_child=DESCRIPTORS.renew_lock)
