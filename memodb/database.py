@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import secrets
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self
 
 import numpy as np
@@ -110,6 +111,22 @@ class MemoDB(Handle):
         InvalidRecordError, InvalidOptionError, BackendNotFoundError
             If an argument cannot be used; nothing is made then.
         """
+        return cls._create(path, shape, dtype, key_dim, backend, index, max_bytes, backend_options)
+
+    @classmethod
+    def _create(
+        cls,
+        path: str | os.PathLike[str],
+        shape: Any,
+        dtype: Any,
+        key_dim: int | None,
+        backend: str | None,
+        index: str,
+        max_bytes: int | None,
+        backend_options: dict[str, Any],
+        **more: Any,
+    ) -> Self:
+        """Make a store (see `create`); `more` are settings of `memodb.transfer`."""
         volatile = path == layout.MEMORY
         if backend is None:
             backend = "memory" if volatile else "arena"
@@ -129,6 +146,7 @@ class MemoDB(Handle):
             "options": loaded.check_options(backend_options, spec, room=room),
             "index": _check_index(index, key_dim),
             "max_bytes": limit,
+            **more,
         }
         with layout.access(where):
             lock = layout.claim(where)
@@ -177,9 +195,13 @@ class MemoDB(Handle):
             found = (where / layout.CATALOG / "data.mdb").exists()
         if not found:
             raise StoreNotFoundError(f"{where} holds no memodb store; memodb.MemoDB.create makes one")
+        return cls._open(where, mode)
+
+    @classmethod
+    def _open(cls, where: Path, mode: Literal["r", "r+"], *, unfinished: bool = False) -> Self:
         lock = WriterLock(where / layout.LOCK) if mode == "r+" else None
         try:
-            return cls(where, mode, lock)
+            return cls(where, mode, lock, unfinished=unfinished)
         except BaseException:
             if lock is not None:
                 lock.release()

@@ -49,10 +49,18 @@ class Handle:
         The writer's lock, if this is the writer; the handle releases it.
     settings
         Settings to make a new store with; None opens an existing one.
+    unfinished
+        Open what `memodb.copy` has not finished, too.
     """
 
     def __init__(
-        self, path: Path, mode: Literal["r", "r+"], lock: WriterLock | None, settings: dict[str, Any] | None = None
+        self,
+        path: Path,
+        mode: Literal["r", "r+"],
+        lock: WriterLock | None,
+        settings: dict[str, Any] | None = None,
+        *,
+        unfinished: bool = False,
     ) -> None:
         self._path = path
         self._mode: Literal["r", "r+"] = mode
@@ -68,6 +76,11 @@ class Handle:
         self._catalog = Catalog(path / layout.CATALOG, create_with=settings)
         try:
             stored = self._catalog.settings
+            if stored.get("copy_of") and not unfinished and settings is None:
+                raise StoreNotFoundError(
+                    f"{path} holds an unfinished copy of {stored['copy_of']['path']}: call memodb.copy() (or memodb "
+                    "copy) again with the same arguments, and it goes on where it stopped; or remove the directory"
+                )
             self._spec, self._backend = self._make_backend(stored)
             # Asked once: looking at a Protocol takes longer than the rest of a small gather.
             self._extents = self._backend.extents if isinstance(self._backend, SupportsExtents) else None

@@ -1,21 +1,30 @@
-"""Copying a store into another: the way between backends, and from one machine's layout to another's."""
+"""Copying a store into another: the way between backends, and how a store in memory survives a reboot.
+
+A copy is a store of its own that bears, until it is whole, the setting ``copy_of``. Ids are copied in ascending order
+and committed batch by batch, so a copy that was cut off knows by its own next id where to go on.
+"""
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from memodb import arguments
-from memodb.catalog import LIVE
+from memodb import arguments, layout
+from memodb.catalog import DELETED, LIVE
 from memodb.checksum import record_checksums
 from memodb.database import MemoDB
-from memodb.errors import CorruptionError, InvalidOptionError, RecordNotFoundError
+from memodb.errors import CorruptionError, InvalidOptionError, RecordNotFoundError, StoreExistsError
 
-_CHUNK_BYTES = 64 << 20
+#: Bytes of records read, written and read back at a time; rows of the catalog looked at together.
+_CHUNK_BYTES, _CHUNK_ROWS = 64 << 20, 1 << 17
+Ids = np.ndarray[Any, np.dtype[np.int64]]
+Progress = Callable[[int, int], None]
 
 
 def copy(
@@ -25,15 +34,20 @@ def copy(
     backend: str = "arena",
     index: str | None = None,
     max_bytes: int | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
+    verify: bool = True,
     **options: Any,
 ) -> None:
-    """Copy a store, record by record, into a new one; ids, keys and namespaces are kept.
+    """Copy a store, record by record, into a new one; ids, keys, namespaces and tombstones are kept.
+
+    Called again with the same arguments after it was cut off (killed, interrupted, out of room), it goes on where it
+    stopped. Until it is done, the copy cannot be opened.
 
     Parameters
     ----------
     src_path, dst_path
-        Directories; the destination must not exist. What is copied are the records that live when the copy begins.
+        Directories; the destination must not exist, or be an unfinished copy of the same store. What is copied are the
+        records that live when the copy begins, or goes on.
     backend
         Backend of the copy.
     index
@@ -42,59 +56,108 @@ def copy(
         Limit of the copy.
     progress
         Called with (records done, records to do).
+    verify
+        Read each batch back from the copy and compare it with its checksums. (The source's are compared in any case.)
     **options
         Options of the copy's backend.
 
     Raises
     ------
-    StoreNotFoundError, StoreExistsError
-        If there is no source, or something at the destination.
+    StoreNotFoundError
+        If there is no source.
+    StoreExistsError
+        If there is something at the destination, other than a copy to go on with.
+    CorruptionError
+        If a record of the source does not match its checksum, or does not come back from the copy.
     MemoDBError
-        If a record cannot be read or written; the unfinished copy is removed then.
+        If a record cannot be read or written. What was copied stays, to go on with.
     """
     source, target = arguments.as_path(src_path), arguments.as_path(dst_path)
     if source in target.parents:
         raise InvalidOptionError(f"a store cannot be copied into itself: {target} lies in {source}")
-    with MemoDB.open(src_path) as src:
-        dst = MemoDB.create(
-            dst_path,
-            shape=src.spec.shape,
-            dtype=src.spec.dtype,
-            key_dim=src.key_dim,
-            backend=backend,
-            index=src.index_factory if index is None else index,
-            max_bytes=max_bytes,
-            **options,
-        )
+    if layout.MEMORY in (src_path, dst_path):
+        raise InvalidOptionError(f"{layout.MEMORY!r} is a new store each time: it cannot be copied, nor kept a copy in")
+    with MemoDB.open(source) as src, _destination(src, target, backend, index, max_bytes, options) as dst:
         try:
-            with dst:
-                _copy_records(src, dst, progress)
-        except BaseException:
-            dst._backend.remove()
-            shutil.rmtree(dst.path, ignore_errors=True)
+            _copy_records(src, dst, progress, verify)
+        except BaseException as error:
+            if dst._catalog.counters()[0]:
+                error.add_note(f"what was copied stays in {target}: the same call goes on from there")
+            else:  # nothing to go on with
+                dst._backend.remove()
+                shutil.rmtree(target, ignore_errors=True)
             raise
+        dst._catalog.change_settings(copy_of=None)
 
 
-def _copy_records(src: MemoDB, dst: MemoDB, progress: Callable[[int, int], None] | None) -> None:
-    next_id = src.stats()["next_id"]
-    ids = src.ids()
-    step = max(1, _CHUNK_BYTES // src.spec.nbytes)
-    for start in range(0, len(ids), step):
-        part = ids[start : start + step]
-        while not _copy_part(src, dst, part):
+def _destination(
+    src: MemoDB, target: Path, backend: str, index: str | None, max_bytes: int | None, options: dict[str, Any]
+) -> MemoDB:
+    """Return the new store, or the unfinished copy of the same source."""
+    asked = {
+        "uid": src._catalog.settings["uid"],
+        "path": os.fspath(src.path),
+        "asked": json.dumps([backend, index, max_bytes, options], sort_keys=True, default=str),
+    }
+    try:
+        return MemoDB._create(
+            target,
+            src.spec.shape,
+            src.spec.dtype,
+            src.key_dim,
+            backend,
+            src.index_factory if index is None else index,
+            max_bytes,
+            options,
+            copy_of=asked,
+        )
+    except StoreExistsError:
+        dst = MemoDB._open(target, "r+", unfinished=True) if (target / layout.CATALOG / "data.mdb").exists() else None
+        if dst is None:
+            raise
+        begun = dst._catalog.settings.get("copy_of")
+        if begun and begun["uid"] == asked["uid"] and begun["asked"] == asked["asked"]:
+            return dst
+        dst.close()
+        if not begun:
+            raise
+        raise StoreExistsError(
+            f"{target} holds an unfinished copy of {begun['path']} that was begun with other arguments "
+            f"([backend, index, max_bytes, options]: {begun['asked']}): go on with those, or remove the directory"
+        ) from None
+
+
+def _copy_records(src: MemoDB, dst: MemoDB, progress: Progress | None, verify: bool) -> None:
+    end = src._catalog.counters()[0]
+    start = dst._catalog.counters()[0]
+    if start:
+        copied = dst.ids()
+        dst.delete(copied[~src._catalog.is_live(copied)])  # deleted over there since
+    total = len(src)
+    while start < end:
+        ids = np.arange(start, min(end, start + _CHUNK_ROWS))
+        states = src._catalog.rows(ids)["state"]
+        enough = np.searchsorted(np.cumsum(states == LIVE), max(1, _CHUNK_BYTES // src.spec.nbytes))
+        ids = ids[: enough + 1]
+        while not _copy_part(src, dst, ids, verify):
             pass
+        start = int(ids[-1]) + 1
         if progress is not None:
-            progress(min(start + step, len(ids)), len(ids))
-    dst._catalog.advance(max(next_id, int(np.max(ids, initial=-1)) + 1))
+            progress(min(len(dst), total), total)
+    # Tombstones behind the last live record: what they took is not given out again.
+    dst._catalog.bury(np.zeros(0, np.int64), [], np.zeros(0, np.intp), end)
 
 
-def _copy_part(src: MemoDB, dst: MemoDB, ids: np.ndarray[Any, np.dtype[np.int64]]) -> bool:
-    """Copy what lives of `ids`; False if a writer elsewhere deleted some of that meanwhile, and nothing was copied."""
+def _copy_part(src: MemoDB, dst: MemoDB, ids: Ids, verify: bool) -> bool:
+    """Copy what there is of `ids`; False if a writer elsewhere deleted some of that meanwhile, and nothing was copied.
+
+    Tombstones first: whoever goes on after a crash begins behind the last id that is committed.
+    """
     rows = src._catalog.rows(ids)
-    live = rows["state"] == LIVE
+    live, dead = rows["state"] == LIVE, rows["state"] == DELETED
     part, expected = ids[live], rows["checksum"][live]
     try:
-        names, row_names = arguments.as_namespaces(src.namespace_of(part), len(part))
+        names, row_names = arguments.as_namespaces(src._catalog.names_of(rows["namespace"][live]), len(part))
         keys = None if src.key_dim is None else src.keys(part)
         batch = src.multiget_mapped(part)
     except (RecordNotFoundError, CorruptionError):
@@ -102,6 +165,8 @@ def _copy_part(src: MemoDB, dst: MemoDB, ids: np.ndarray[Any, np.dtype[np.int64]
         if src._catalog.is_live(part).all():
             raise
         return False
+    dead_names, dead_rows = arguments.as_namespaces(src._catalog.names_of(rows["namespace"][dead]), int(dead.sum()))
+    dst._catalog.bury(ids[dead], dead_names, dead_rows, 0 if len(part) else int(ids[-1]) + 1)
     with batch:
         records = batch.numpy()
         changed = part[record_checksums(records) != expected]
@@ -111,4 +176,17 @@ def _copy_part(src: MemoDB, dst: MemoDB, ids: np.ndarray[Any, np.dtype[np.int64]
                 "delete what verify() names, then copy"
             )
         dst._store(records, keys, names, row_names, part)
+        del records
+    if verify and len(part):
+        _read_back(dst, part)
     return True
+
+
+def _read_back(dst: MemoDB, ids: Ids) -> None:
+    with dst.multiget_mapped(ids) as batch:
+        wrong = ids[record_checksums(batch.numpy()) != dst._catalog.rows(ids)["checksum"]]
+    if len(wrong):
+        raise CorruptionError(
+            f"record {wrong[0]} does not come back from {dst.path} as it was written ({len(wrong)} such records): what "
+            "holds that store fails; remove the copy, and make it elsewhere"
+        )

@@ -22,6 +22,9 @@ pytest.register_assert_rewrite("memodb.testing")
 
 import memodb  # noqa: E402  (after the rewrite of its testing package is asked for)
 
+#: Packages of their own: test_third_party.py installs and runs them.
+collect_ignore = ["third_party"]
+
 SHM = Path("/dev/shm")
 PEER = Path(__file__).with_name("peer.py")
 #: No answer within this time is a hang, on any machine.

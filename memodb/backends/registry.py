@@ -65,7 +65,7 @@ def load(name: str) -> type[ValueBackend]:
     BackendUnavailableError
         If it cannot be imported; the message tells what to install.
     """
-    hint = f"install or repair the package that provides it (entry-point group {GROUP})"
+    hint = f"repair the package that provides it (entry-point group {GROUP})"
     try:
         if name in _BUILTIN:
             module, attribute, hint = _BUILTIN[name]
@@ -75,8 +75,12 @@ def load(name: str) -> type[ValueBackend]:
             if point is None:
                 known = ", ".join(sorted([*_BUILTIN, *_third_parties()]))
                 raise BackendNotFoundError(f"no backend is called {name!r}; there are: {known}")
+            if point.dist is not None:
+                hint = f"pip install --upgrade {point.dist.name}"
             loaded = point.load()
-    except ImportError as error:
+    except BackendNotFoundError:
+        raise
+    except Exception as error:  # what a third party's module does wrong is not to stop anybody who wants another
         raise BackendUnavailableError(f"backend {name!r} cannot be loaded: {error}; {hint}") from error
     if not (isinstance(loaded, type) and issubclass(loaded, ValueBackend)):
         raise BackendUnavailableError(f"backend {name!r} is {loaded!r}, not a subclass of ValueBackend; {hint}")

@@ -2,6 +2,6 @@
 
 from memodb.catalog.catalog import Catalog
 from memodb.catalog.journal import Entry
-from memodb.catalog.rows import LIVE
+from memodb.catalog.rows import DELETED, LIVE
 
-__all__ = ["LIVE", "Catalog", "Entry"]
+__all__ = ["DELETED", "LIVE", "Catalog", "Entry"]

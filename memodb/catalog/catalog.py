@@ -304,12 +304,6 @@ class Catalog:
         if backend_state is not None:
             txn.put(BACKEND, backend_state)
 
-    def advance(self, next_id: int) -> None:
-        """Make sure that ids below `next_id` are never given out (a copy of a store whose last records are deleted)."""
-        with self._env.write() as txn:
-            old, live, sequence, namespaces = self._counters(txn)
-            self._finish(txn, (max(old, next_id), live, sequence, namespaces), None)
-
     def delete(self, ids: Ids) -> None:
         """Put tombstones on `ids` (ascending, unique), all or none.
 
@@ -329,6 +323,26 @@ class Catalog:
                 if self.settings["key_dim"]:
                     journal.write_entry(txn, number, sequence, members, None)
             self._finish(txn, (next_id, live - len(ids), sequence + 1, namespaces), None)
+
+    def bury(self, ids: Ids, names: Sequence[str], row_names: np.ndarray[Any, np.dtype[np.intp]], next_id: int) -> None:
+        """Record that `ids` (ascending) were deleted in the store that this one is a copy of; once or again.
+
+        Parameters
+        ----------
+        ids, names, row_names
+            As for `commit`.
+        next_id
+            Ids below are never given out.
+        """
+        with self._env.write() as txn:
+            old, live, sequence, next_namespace = self._counters(txn)
+            numbers, next_namespace = self._intern(txn, names, next_namespace)
+            rows = np.zeros(len(ids), ROW)
+            rows["state"] = DELETED
+            if len(ids):
+                rows["namespace"] = np.asarray(numbers, np.uint32)[row_names]
+                write_rows(txn, ids, rows, self.path)
+            self._finish(txn, (max(old, next_id), live, sequence, next_namespace), None)
 
     def relocate(self, ids: Ids, locators: np.ndarray[Any, np.dtype[np.uint64]], backend_state: bytes) -> None:
         """Record that live records (ascending ids) now lie elsewhere."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from typing import Any
 
 import numpy as np
@@ -52,13 +53,21 @@ def verify(arguments: argparse.Namespace) -> int:
 def copy(arguments: argparse.Namespace) -> int:
     """Copy a store."""
     with progress_bar("copy") as progress:
-        memodb.copy(
-            arguments.source,
-            arguments.destination,
-            backend=arguments.backend,
-            progress=progress,
-            **dict(arguments.option),
-        )
+        try:
+            memodb.copy(
+                arguments.source,
+                arguments.destination,
+                backend=arguments.backend,
+                index=arguments.index,
+                max_bytes=arguments.max_bytes,
+                verify=not arguments.no_verify,
+                progress=progress,
+                **dict(arguments.option),
+            )
+        except (memodb.MemoDBError, OSError, KeyboardInterrupt) as error:
+            for note in getattr(error, "__notes__", ()):
+                print(f"memodb: {note.replace('call', 'command')}", file=sys.stderr)
+            raise
     with memodb.MemoDB.open(arguments.destination) as db:
         _show(describe(db), arguments)
     return 0

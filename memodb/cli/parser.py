@@ -95,11 +95,19 @@ def build_parser() -> argparse.ArgumentParser:
     verify.add_argument("path", help="folder of the store")
 
     copy = command(
-        "copy", commands.copy, "Copy a store, to another backend if asked for; ids, keys and namespaces are kept."
+        "copy",
+        commands.copy,
+        "Copy a store, to another backend if asked for; ids, keys, namespaces and tombstones are kept. A copy that was "
+        "cut off goes on where it stopped when the same command is given again.",
     )
     copy.add_argument("source", help="folder of the store")
-    copy.add_argument("destination", help="folder of the copy; must not exist")
+    copy.add_argument(
+        "destination", help="folder of the copy; must not exist, or be an unfinished copy of the source"
+    )
     copy.add_argument("--backend", default="arena", help="backend of the copy (default: %(default)s)")
+    copy.add_argument("--index", help="index of the copy (default: the source's)")
+    copy.add_argument("--max-bytes", type=size, metavar="SIZE", help="limit of the copy, e.g. 8GiB")
+    copy.add_argument("--no-verify", action="store_true", help="do not read back what was written")
     _add_options(copy)
 
     compact = command("compact", commands.compact, "Give back the bytes of deleted records.")
