@@ -69,6 +69,8 @@ class Profile:
         Turns of each writer that a gather is measured beside.
     table6
         Lengths L of the comparison with the paper's Table 6.
+    backend_lengths, puts
+        Lengths L that all backends are compared at, and how often each writes its store.
     """
 
     name: str
@@ -85,6 +87,8 @@ class Profile:
     put_bytes: int
     writer_turns: int
     table6: tuple[int, ...]
+    backend_lengths: tuple[int, ...]
+    puts: int
 
 
 #: What the targets are about: 64 records each. They get more time than the others.
@@ -129,6 +133,8 @@ _PROFILES = (
         put_bytes=GIB,
         writer_turns=6,
         table6=(256, 512),
+        backend_lengths=(128, 512),
+        puts=3,
     ),
     Profile(
         name="quick",
@@ -145,6 +151,8 @@ _PROFILES = (
         put_bytes=GIB // 4,
         writer_turns=2,
         table6=(256,),
+        backend_lengths=(128,),
+        puts=1,
     ),
     Profile(
         name="tiny",
@@ -165,6 +173,8 @@ _PROFILES = (
         put_bytes=8 * MIB,
         writer_turns=1,
         table6=(64,),
+        backend_lengths=(64,),
+        puts=1,
     ),
 )
 BY_NAME = {profile.name: profile for profile in _PROFILES}

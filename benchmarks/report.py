@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import targets
+from benchmarks import report_backends, targets
 from benchmarks.targets import Results, Row
 
 ROOT = Path(__file__).parent.parent
@@ -280,7 +280,7 @@ def page(results: Results, images: Sequence[tuple[str, str]]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Write the page and its plots."""
+    """Write the page and its plots, and the figures of docs/backends.md."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", nargs="?", type=Path, default=Path(__file__).with_name("results"))
     parser.add_argument("--docs", type=Path, default=ROOT / "docs", help="where it is written (default: docs)")
@@ -291,6 +291,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     images = draw(results, given.docs / "images")
     (given.docs / "performance.md").write_text(page(results, images))
+    report_backends.write(results, given.docs / "backends.md")
     print(targets.as_text(results))
 
 

@@ -71,3 +71,9 @@ def test_without_it_a_store_of_its_kind_says_what_is_missing(installed, disk):
 
     with pytest.raises(memodb.BackendNotFoundError, match="'sqlite'"):
         memodb.MemoDB.open(disk / "store")
+
+
+def test_the_documentation_shows_this_very_class():
+    page = Path(__file__).parent.parent.joinpath("docs", "backends.md").read_text()
+    source = (PACKAGE / "memodb_sqlite.py").read_text()
+    assert source[source.index("class SqliteBackend") :].replace("  # noqa: RUF012", "") in page

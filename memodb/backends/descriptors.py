@@ -8,8 +8,7 @@ import os
 import resource
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable
-from pathlib import Path
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -36,7 +35,7 @@ class OpenFile:
 
     __slots__ = ("fd", "path")
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: str) -> None:
         self.path = path
         self.fd = -1
         self.fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
@@ -80,6 +79,7 @@ class DescriptorCache:
     def __init__(self) -> None:
         self._owners = itertools.count()
         self._files: OrderedDict[tuple[int, int], OpenFile] = OrderedDict()
+        self._most = capacity()
         self.renew_lock()
 
     def renew_lock(self) -> None:
@@ -90,13 +90,13 @@ class DescriptorCache:
         """Return a number for somebody whose files are told from others'."""
         return next(self._owners)
 
-    def get(self, owner: int, number: int, path: Path) -> OpenFile:
-        """Return file `number` of `owner`, opened now from `path` if need be.
+    def get(self, owner: int, number: int, place: Callable[[int], str]) -> OpenFile:
+        """Return file `number` of `owner`, opened now if need be: `place` tells its path.
 
         Raises
         ------
         FileNotFoundError
-            If there is none at `path`.
+            If there is none.
         StoreAccessError
             If it may not be opened, or the process has no descriptor left.
         """
@@ -106,21 +106,22 @@ class DescriptorCache:
             if file is not None:
                 self._files.move_to_end(key)
                 return file
-        file = self._open(path)
+        file = self._open(place(number))
         with self._lock:
             self._files[key] = file
-        self.trim()
+            while len(self._files) > self._most:
+                self._files.popitem(last=False)
         return file
 
     def trim(self) -> None:
-        """Drop what was not used for longest, as far as the limit of the moment asks for it."""
-        most = capacity()
-        if len(self._files) > most:
+        """Keep as many as the process's limit of the moment allows, the last used ones (once a batch is enough)."""
+        self._most = capacity()
+        if len(self._files) > self._most:
             with self._lock:
-                while len(self._files) > most:
+                while len(self._files) > self._most:
                     self._files.popitem(last=False)
 
-    def _open(self, path: Path) -> OpenFile:
+    def _open(self, path: str) -> OpenFile:
         try:
             return OpenFile(path)
         except PermissionError as error:

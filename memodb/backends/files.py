@@ -57,6 +57,7 @@ class FilesBackend(KeyedBackend):
     def __init__(self, path: Path, spec: RecordSpec, options: Mapping[str, Any], *, writable: bool) -> None:
         super().__init__(path, spec, options, writable=writable)
         self._system = vm.filesystem(path)
+        self._root = os.fspath(path)
         self._owner = DESCRIPTORS.owner()
         self._huge = 0
         self._erased = 0
@@ -78,8 +79,11 @@ class FilesBackend(KeyedBackend):
             },
         )
 
-    def _file(self, number: int) -> Path:
-        return self.path / f"{number >> 2 * _BITS:06x}/{number >> _BITS & _LEAF:03x}/{number & _LEAF:03x}"
+    def _folder(self, leaf: int) -> str:
+        return f"{self._root}/{leaf >> _BITS:06x}/{leaf & _LEAF:03x}"
+
+    def _file(self, number: int) -> str:
+        return f"{self._root}/{number >> 2 * _BITS:06x}/{number >> _BITS & _LEAF:03x}/{number & _LEAF:03x}"
 
     # --- writing ---
 
@@ -92,8 +96,8 @@ class FilesBackend(KeyedBackend):
             gained[i] = self._write_file(files[i], np.ascontiguousarray(values[i]).reshape(-1).view(np.uint8))
 
         try:
-            for folder in dict.fromkeys(file.parent for file in files):
-                folder.mkdir(parents=True, exist_ok=True)
+            for leaf in range(int(numbers[0]) >> _BITS, (int(numbers[-1]) >> _BITS) + 1):
+                os.makedirs(self._folder(leaf), exist_ok=True)
             CREW.share(work, len(files), MOST if values.nbytes >= vm.HUGE or len(files) > 16 else 1)
         except OSError as error:
             if error.errno not in _FULL:
@@ -105,7 +109,7 @@ class FilesBackend(KeyedBackend):
         self._huge += sum(gained)
         self._medium.huge_share = self._share_put(self.kept + len(files))
 
-    def _write_file(self, file: Path, data: np.ndarray[Any, np.dtype[np.uint8]]) -> int:
+    def _write_file(self, file: str, data: np.ndarray[Any, np.dtype[np.uint8]]) -> int:
         """Write a new file; return how many bytes of it lie on huge pages."""
         fd = os.open(file, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
         try:
@@ -173,13 +177,13 @@ class FilesBackend(KeyedBackend):
     def erase(self, numbers: Locators) -> None:
         """Unlink files; whoever maps one keeps its memory."""
         DESCRIPTORS.forget(self._owner, numbers.tolist())
-        files = [self._file(number) for number in numbers.tolist()]
-        for file in files:
-            file.unlink(missing_ok=True)
-        for folder in dict.fromkeys(file.parent for file in files):
+        for number in numbers.tolist():
+            with suppress(FileNotFoundError):
+                os.unlink(self._file(number))
+        for leaf in np.unique(numbers >> np.uint64(_BITS)).tolist():
             with suppress(OSError):  # others are in there
-                folder.rmdir()
-                folder.parent.rmdir()
+                os.rmdir(self._folder(leaf))
+                os.rmdir(os.path.dirname(self._folder(leaf)))
 
     def rewrite(self, token: int, locators: Locators) -> Locators:
         """Count a group of dead records out (see `KeyedBackend.rewrite`)."""
@@ -202,7 +206,7 @@ class FilesBackend(KeyedBackend):
 
     def open_file(self, number: int) -> OpenFile:
         """Return the file of a record, open."""
-        return DESCRIPTORS.get(self._owner, number, self._file(number))
+        return DESCRIPTORS.get(self._owner, number, self._file)
 
     def _look(self, files: list[OpenFile]) -> float:
         """Measure what share of some files lies on huge pages (see `memodb.backends.pages`)."""

@@ -101,9 +101,7 @@ def build_parser() -> argparse.ArgumentParser:
         "cut off goes on where it stopped when the same command is given again.",
     )
     copy.add_argument("source", help="folder of the store")
-    copy.add_argument(
-        "destination", help="folder of the copy; must not exist, or be an unfinished copy of the source"
-    )
+    copy.add_argument("destination", help="folder of the copy; must not exist, or be an unfinished copy of the source")
     copy.add_argument("--backend", default="arena", help="backend of the copy (default: %(default)s)")
     copy.add_argument("--index", help="index of the copy (default: the source's)")
     copy.add_argument("--max-bytes", type=size, metavar="SIZE", help="limit of the copy, e.g. 8GiB")
