@@ -84,6 +84,19 @@ def folder(request: pytest.FixtureRequest) -> Path:
     return found
 
 
+#: Backends that other processes can read, with options that let much happen: small segments, quick puts.
+SHARED: dict[str, dict[str, Any]] = {
+    "arena": {"segment_bytes": 1 << 20, "durability": "relaxed"},
+    "files": {"durability": "relaxed"},
+}
+
+
+@pytest.fixture(params=SHARED)
+def shared_backend(request: pytest.FixtureRequest) -> dict[str, Any]:
+    """Return the arguments of ``MemoDB.create`` that choose a backend."""
+    return {"backend": request.param, **SHARED[request.param]}
+
+
 @pytest.fixture
 def path(shm: Path) -> Path:
     """Return where a test's store shall be."""

@@ -111,11 +111,18 @@ def acknowledged_until_killed(process, deadline, last):
     return int(lines[-1]) if lines else last
 
 
-@pytest.mark.parametrize("segment_bytes", [1 << 20, 1 << 30], ids=["small segments", "one segment"])
-def test_killed_writer(folder, segment_bytes):
-    rng = np.random.default_rng(segment_bytes)
+KINDS = {
+    "small segments": {"segment_bytes": 1 << 20},
+    "one segment": {"segment_bytes": 1 << 30},
+    "files": {"backend": "files"},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_killed_writer(folder, kind):
+    rng = np.random.default_rng(len(kind))
     path = folder / "store"
-    memodb.MemoDB.create(path, shape=(2, 1024), dtype="int32", key_dim=2, segment_bytes=segment_bytes).close()
+    memodb.MemoDB.create(path, shape=(2, 1024), dtype="int32", key_dim=2, **KINDS[kind]).close()
     done = -1
     for _ in range(KILLS):
         with subprocess.Popen(

@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+from conftest import SHARED
 from programs import run_program
 
 import memodb
@@ -36,8 +37,8 @@ def test_a_reader_elsewhere_sees_puts_without_reopening(folder, peer):
         assert reader.ask("verify") == []
 
 
-def test_a_reader_elsewhere_sees_deletions_and_compactions(folder, peer):
-    with memodb.MemoDB.create(folder / "store", shape=SHAPE, dtype="float32", key_dim=2, segment_bytes=1 << 20) as db:
+def test_a_reader_elsewhere_sees_deletions_and_compactions(folder, peer, shared_backend):
+    with memodb.MemoDB.create(folder / "store", shape=SHAPE, dtype="float32", key_dim=2, **shared_backend) as db:
         keys = np.arange(800, dtype=np.float32).reshape(400, 2)
         ids = db.put(values_of(400, 0), keys).tolist()
         reader = peer()
@@ -57,11 +58,9 @@ def test_a_reader_elsewhere_sees_deletions_and_compactions(folder, peer):
 
 
 @pytest.fixture
-def churned(folder):
-    """Return a writer, 64 records to keep, and a function that puts, deletes and compacts: those have to move."""
-    with memodb.MemoDB.create(
-        folder / "store", shape=SHAPE, dtype="float32", key_dim=2, segment_bytes=1 << 20, durability="relaxed"
-    ) as db:
+def churned(folder, shared_backend):
+    """Return a writer, 64 records to keep, and a function that puts, deletes and compacts: those may have to move."""
+    with memodb.MemoDB.create(folder / "store", shape=SHAPE, dtype="float32", key_dim=2, **shared_backend) as db:
         kept, doomed = values_of(64, 99), values_of(100, 0)
         ids = []
         for i in range(0, 64, 4):
@@ -208,11 +207,12 @@ import numpy as np
 import memodb
 from memodb.testing import random_records
 
-path, mode = sys.argv[1:]
+path, mode, backend = sys.argv[1:]
+settings = {"dtype": "float32", "key_dim": 16, "index": "HNSW16", "backend": backend}
 rng = np.random.default_rng(0)
 values = random_records(64, (2, 1024), "float32")
 keys = rng.standard_normal((20_000, 16)).astype(np.float32)
-with memodb.MemoDB.create(path + "/store", shape=(2, 1024), dtype="float32", key_dim=16, index="HNSW16") as db:
+with memodb.MemoDB.create(path + "/store", shape=(2, 1024), **settings) as db:
     ids = db.put(values, keys[:64])
     db.reindex()
 with memodb.MemoDB.create(path + "/keys", shape=(1,), dtype="int8", key_dim=16, index="HNSW16") as many:
@@ -271,9 +271,9 @@ print("ok")
 """
 
 
-@pytest.mark.parametrize("mode", ["r", "r+"])
-def test_forked_children_read(shm, mode):
-    assert run_program(shm, FORKED, shm, mode) == "ok\n"
+@pytest.mark.parametrize(("mode", "backend"), [("r", "arena"), *(("r+", name) for name in SHARED)])
+def test_forked_children_read(shm, mode, backend):
+    assert run_program(shm, FORKED, shm, mode, backend) == "ok\n"
 
 
 WORKERS = """
@@ -299,9 +299,9 @@ class Records(torch.utils.data.Dataset):
 
 
 def main():
-    path, context, mode = sys.argv[1:]
+    path, context, mode, backend = sys.argv[1:]
     values = random_records(64, (2, 1024), "int32")
-    with memodb.MemoDB.create(path + "/store", shape=(2, 1024), dtype="int32") as db:
+    with memodb.MemoDB.create(path + "/store", shape=(2, 1024), dtype="int32", backend=backend) as db:
         db.put(values)
     with memodb.MemoDB.open(path + "/store", mode=mode) as db:
         loader = torch.utils.data.DataLoader(Records(db), batch_size=8, num_workers=2, multiprocessing_context=context)
@@ -315,10 +315,13 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.parametrize(("context", "mode"), [("fork", "r"), ("fork", "r+"), ("spawn", "r+")])
-def test_data_loader_workers_read(shm, context, mode):
+@pytest.mark.parametrize(
+    ("context", "mode", "backend"),
+    [("fork", "r", "arena"), ("spawn", "r+", "arena"), *(("fork", "r+", name) for name in SHARED)],
+)
+def test_data_loader_workers_read(shm, context, mode, backend):
     pytest.importorskip("torch")
-    assert run_program(shm, WORKERS, shm, context, mode) == "ok\n"
+    assert run_program(shm, WORKERS, shm, context, mode, backend) == "ok\n"
 
 
 def test_a_pickled_store_opens_for_reading(make):
