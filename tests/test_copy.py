@@ -1,5 +1,6 @@
 """memodb.copy: the same records, ids, keys and namespaces in another store."""
 
+import shutil
 import subprocess
 import sys
 
@@ -208,3 +209,23 @@ def test_a_store_with_an_open_writer_can_be_copied(make, path, disk):
     with memodb.MemoDB.open(disk / "copy") as copied:
         assert_same_bytes(copied.multiget(ids), VALUES)
     assert db.put(VALUES[:1]).tolist() == [60]
+
+
+@pytest.mark.parametrize(
+    ("backend", "options"),
+    [("zarr", {}), ("zarr", {"codec": "zstd", "shard_records": 4}), ("arena", {}), ("files", {}), ("lmdb", {})],
+)
+def test_a_store_in_memory_is_kept_over_a_reboot(source, disk, backend, options):
+    """Tmpfs to disk, the tmpfs is gone, disk to tmpfs: the way that docs/backends.md describes."""
+    kept, before = disk / "kept", disk / "before"
+    memodb.copy(source, before, backend="arena")
+    memodb.copy(source, kept, backend=backend, **options)
+    shutil.rmtree(source)  # the reboot
+    memodb.copy(kept, source)
+    assert_equal_stores(before, source)
+    assert_equal_stores(kept, source)
+    with memodb.MemoDB.open(source, mode="r+") as db:
+        assert db.search(KEYS[LEFT], namespace=[NAMES[i] for i in LEFT]).ids[:, 0].tolist() == LEFT
+        with db.multiget_mapped(LEFT[::-1], strategy="map") as batch:
+            assert_same_bytes(batch.numpy(), VALUES[LEFT[::-1]])
+        assert db.put(VALUES[:1], KEYS[:1]).tolist() == [60]
