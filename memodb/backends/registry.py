@@ -41,6 +41,7 @@ class BackendInfo:
 #: name -> (module, class, what to install)
 _BUILTIN: dict[str, tuple[str, str, str]] = {
     "arena": ("memodb.backends.arena", "ArenaBackend", "pip install memodb"),
+    "lmdb": ("memodb.backends.lmdb", "LmdbBackend", "pip install memodb"),
     "memory": ("memodb.backends.memory", "MemoryBackend", "pip install memodb"),
 }
 
