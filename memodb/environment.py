@@ -425,6 +425,11 @@ class Environment:
                         raise
                 self._set_map(2 * int(self.handle.info()["map_size"]))
 
+    def flush(self) -> None:
+        """Make everything committed durable, whatever `Kind.sync` and `Kind.metasync` say."""
+        with self._write_gate, self._translated():
+            self.handle.sync(True)
+
     def _set_map(self, size: int) -> None:
         """Map the file anew, `size` bytes of it; 0: as many as whoever grew it."""
         with self._alone():

@@ -348,6 +348,7 @@ class LmdbBackend(KeyedBackend):
                     with source.long_read() as txn:
                         self._put(target, part, [self._record(txn, number) for number in part.tolist()])
             target.trim()
+            target.flush()  # whatever the durability: what it is copied from will be removed
         except BaseException:
             target.release()
             raise
