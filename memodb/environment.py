@@ -11,70 +11,60 @@ import fcntl
 import os
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
 import lmdb
 
-from memodb.errors import (
-    ClosedError,
-    CorruptionError,
-    FormatVersionError,
-    MemoDBError,
-    StoreAccessError,
-    StoreFullError,
-)
+from memodb.errors import ClosedError, CorruptionError, MemoDBError, StoreFullError
+from memodb.lmdb_errors import MAX_READERS, full, translated
 from memodb.lock import lock_bytes
 
-#: Address space reserved for the catalog; the file itself only grows with what is put. Halved until the system grants
-#: it.
-_MAP_SIZE = 1 << 40
+#: A map that the system does not grant is halved, down to this size.
 _MIN_MAP_SIZE = 1 << 28
-_MAX_READERS = 4096
-#: Bytes that the file is kept longer than its pages, allocated: so many, or the eighth part of it.
-_SPARE, _SPARE_PART = 256 << 10, 8
-#: LMDB calls a short write an I/O error; with less room than this on the file system it was one.
-_NO_ROOM = 16 << 20
+#: Where the map grows with the file: how many times the file it is when the file is opened.
+_MAP_PER_FILE = 4
 
 
-@contextmanager
-def translated(path: Path) -> Iterator[None]:
-    """Turn LMDB's errors into memodb's, with the path and the remedy."""
-    try:
-        yield
-    except (lmdb.MapFullError, lmdb.DiskError) as error:
-        raise _full(path, error) from error
-    except (lmdb.CorruptedError, lmdb.PageNotFoundError, lmdb.InvalidError, lmdb.PanicError) as error:
-        raise CorruptionError(f"the catalog {path} is damaged: {error}; restore it from a copy") from error
-    except lmdb.ReadersFullError as error:
-        raise MemoDBError(f"more than {_MAX_READERS} readers are in the catalog {path} at once: {error}") from error
-    except lmdb.Error as error:
-        if "No space left" in str(error) or ("Input/output error" in str(error) and _no_room(path)):
-            raise _full(path, error) from error
-        if "Permission denied" in str(error) or "Read-only file system" in str(error):
-            raise StoreAccessError(
-                f"the catalog {path} cannot be opened: {error}; ask its owner for access (readers too must be able to "
-                f"write {path / 'lock.mdb'}, where they enter themselves)"
-            ) from error
-        if "MDB_VERSION_MISMATCH" in str(error) or isinstance(error, lmdb.VersionMismatchError):
-            raise FormatVersionError(
-                f"the catalog {path} was written by another version of LMDB: {error}; copy the store with the memodb "
-                "that wrote it"
-            ) from error
-        raise MemoDBError(f"the catalog {path} cannot be used: {error}") from error
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """What an environment holds, and so how it is opened and what its errors say.
+
+    Parameters
+    ----------
+    noun
+        What people call it, with its article.
+    when_full
+        What helps on a full file system, besides space.
+    map_bytes
+        Address space reserved for it; the file itself only grows with what is put. See `Environment.change` for more.
+    spare, spare_part
+        Bytes that the file is kept longer than its pages, allocated: so many, or that part of its length (0: no part).
+    spare_inside
+        Whether pages inside the file that nothing is in count as spare.
+    readahead
+        Whether what is read from a disk is read ahead: for values of many pages.
+    sync, metasync
+        As for ``lmdb.open``.
+    """
+
+    noun: str
+    when_full: str
+    map_bytes: int
+    spare: int = 256 << 10
+    spare_part: int = 0
+    spare_inside: bool = False
+    readahead: bool = False
+    sync: bool = True
+    metasync: bool = True
 
 
-def _full(path: Path, error: Exception) -> StoreFullError:
-    return StoreFullError(
-        f"the catalog {path} cannot grow: {error}; free space on its file system, or delete fewer records at once"
-    )
-
-
-def _no_room(path: Path) -> bool:
-    room = os.statvfs(path)
-    return room.f_bavail * room.f_frsize < _NO_ROOM
+#: Its map is so large that it is never outgrown. Deleting rewrites pages before it frees any, many of them at once: so
+#: it keeps an eighth of its length to spare.
+CATALOG = Kind("the catalog", "delete fewer records at once", map_bytes=1 << 40, spare_part=8)
 
 
 class Environment:
@@ -83,25 +73,36 @@ class Environment:
     _shared: ClassVar[dict[tuple[int, int], Environment]] = {}
     _registry_lock: ClassVar[threading.RLock] = threading.RLock()
 
-    def __init__(self, path: Path, key: tuple[int, int] | None) -> None:
+    def __init__(self, path: Path, key: tuple[int, int] | None, kind: Kind = CATALOG) -> None:
         self.path = path
+        self.kind = kind
         self._key = key
         self._users = 0
         # Reads and writes may run side by side (LMDB is multi-version), but neither may be under way while the process
         # forks: the child would end the parent's transaction in the shared lock table.
         self._read_gate = threading.RLock()
         self._write_gate = threading.RLock()
+        # Short reads hold their gate. Long ones only pass it and are counted, so that they run side by side.
+        self._quiet = threading.Condition(self._read_gate)
+        self._long_reads = 0
+        self._wanted_alone = 0
         self._env: lmdb.Environment | None = None
         self._guard = -1
 
     @classmethod
-    def acquire(cls, path: Path, *, create: bool = False) -> Environment:
-        """Return the process's environment for the LMDB directory `path`, opened now if nobody holds it yet."""
+    def acquire(cls, path: Path, *, create: bool = False, kind: Kind = CATALOG) -> Environment:
+        """Return the process's environment for the LMDB directory `path`, opened now if nobody holds it yet.
+
+        Raises
+        ------
+        FileNotFoundError
+            If there is none, unless `create` says to make it.
+        """
         with cls._registry_lock:
             data = path / "data.mdb"
             if create and not data.exists():
                 path.mkdir(parents=True, exist_ok=True)
-                fresh = cls(path, None)
+                fresh = cls(path, None, kind)
                 fresh._open(create=True)
                 stat = data.stat()
                 fresh._key = (stat.st_dev, stat.st_ino)
@@ -111,12 +112,20 @@ class Environment:
             stat = data.stat()
             key = (stat.st_dev, stat.st_ino)
             env = cls._shared.get(key)
+            if env is not None and env._env is None and env.path != path:
+                # Closed by a fork, and since then its file was removed and the number given to another one.
+                env = None
             if env is None:
-                env = cls(path, key)
+                env = cls(path, key, kind)
                 env._open(create=create)
                 cls._shared[key] = env
             env._users += 1
             return env
+
+    def hold(self) -> None:
+        """Take one more use, to be given back with `release`."""
+        with self._registry_lock:
+            self._users += 1
 
     def release(self) -> None:
         """Give one use back; the last one closes the environment."""
@@ -137,8 +146,10 @@ class Environment:
                 if not gate.acquire(blocking=False):
                     return False
                 gates.callback(gate.release)
-            if self._key is not None:
-                self._shared.pop(self._key, None)
+            if self._long_reads:
+                return False
+            if self._key is not None and self._shared.get(self._key) is self:
+                del self._shared[self._key]
             self._close()
         return True
 
@@ -151,10 +162,12 @@ class Environment:
             self._guard = -1
 
     def _open(self, *, create: bool) -> None:
-        size = _MAP_SIZE
+        size = self.kind.map_bytes
+        with suppress(FileNotFoundError):
+            size = max(size, _MAP_PER_FILE * (self.path / "data.mdb").stat().st_size)
         while True:
             try:
-                with translated(self.path):
+                with self._translated():
                     if not self._fill_lock_file():
                         # Made by LMDB, and filled once LMDB has let go of it (see there).
                         self._open_lmdb(size, create=create).close()
@@ -173,16 +186,24 @@ class Environment:
                     raise
                 size //= 2
 
+    def _translated(self) -> AbstractContextManager[None]:
+        return translated(self.kind.noun, self.path, self.kind.when_full)
+
+    def _full(self, error: Exception) -> StoreFullError:
+        return full(self.kind.noun, self.path, self.kind.when_full, error)
+
     def _open_lmdb(self, size: int, *, create: bool) -> lmdb.Environment:
         def attempt(readonly: bool) -> lmdb.Environment:
             return lmdb.open(
                 os.fspath(self.path),
                 map_size=size,
-                max_readers=_MAX_READERS,
+                max_readers=MAX_READERS,
                 max_spare_txns=0,
                 readonly=readonly,
                 create=create,
-                readahead=False,
+                readahead=self.kind.readahead,
+                sync=self.kind.sync,
+                metasync=self.kind.metasync,
             )
 
         try:
@@ -194,36 +215,54 @@ class Environment:
             return attempt(readonly=True)
 
     def _length(self) -> tuple[int, int]:
-        """Return (bytes that the catalog's pages need, bytes that the file has)."""
-        assert self._env is not None
-        needed = (self._env.info()["last_pgno"] + 1) * self._env.stat()["psize"]
+        """Return (bytes that the pages need, bytes that the file has)."""
+        needed = (self.handle.info()["last_pgno"] + 1) * self.handle.stat()["psize"]
         return needed, (self.path / "data.mdb").stat().st_size
+
+    def unused(self) -> int:
+        """Return about how many bytes of the file's pages hold nothing, and serve what is put next."""
+        with self._read_gate:
+            stat, last = self.handle.stat(), self.handle.info()["last_pgno"]
+        used = 2 + stat["branch_pages"] + stat["leaf_pages"] + stat["overflow_pages"]
+        return max(0, last + 1 - used) * stat["psize"]
 
     def _check_length(self) -> None:
         # LMDB maps the file without looking at its length: a page beyond its end would be a SIGBUS.
         needed, found = self._length()
         if found < needed:
             raise CorruptionError(
-                f"the catalog {self.path} is {found} bytes long, its pages reach to byte {needed}: it was truncated; "
-                "restore it from a copy"
+                f"{self.kind.noun} {self.path} is {found} bytes long, its pages reach to byte {needed}: it was "
+                "truncated; restore it from a copy"
             )
 
-    def _pad(self) -> bool:
+    def _pad(self, more: int = 0) -> bool:
+        """Allocate what the file has to spare, and room for `more` bytes; False if the file system has no room."""
         # Two promises rest on the file being longer than its pages. Pages that a transaction took and freed again need
         # not have been written, so only a file that is surely long enough lets `_check_length` tell a truncated one.
         # And on a full file system deleting must still be possible, which rewrites pages before it frees any.
         # Best effort: what precedes it is committed, so nothing that goes wrong here may look like a failed commit.
         needed, found = self._length()
-        spare = max(_SPARE, needed // _SPARE_PART)
-        if found >= needed + spare // 2:
+        spare = self.kind.spare
+        if self.kind.spare_part:
+            spare = max(spare, needed // self.kind.spare_part)
+        room = found - needed + (self.unused() if self.kind.spare_inside else 0)
+        if found >= needed and room >= more + spare // 2:
             return True
         with suppress(OSError), (self.path / "data.mdb").open("r+b") as file:
             try:
-                os.posix_fallocate(file.fileno(), found, needed + spare - found)
+                os.posix_fallocate(file.fileno(), found, max(more + spare - room, needed - found))
                 return True
             except OSError:
                 os.truncate(file.fileno(), max(found, needed))
         return False
+
+    def trim(self) -> None:
+        """Give back what the file is longer than it has to be: what a put that failed leaves, for one."""
+        with self._write_gate, self._read_gate, suppress(OSError):
+            needed, found = self._length()
+            least = needed + max(0, self.kind.spare // 2 - (self.unused() if self.kind.spare_inside else 0))
+            if found > least:
+                os.truncate(self.path / "data.mdb", least)
 
     def _fill_lock_file(self) -> bool:
         """Allocate the whole of LMDB's lock file; False where there is none yet.
@@ -245,7 +284,7 @@ class Environment:
                 os.posix_fallocate(fd, 0, stat.st_size)
         except OSError as error:
             raise StoreFullError(
-                f"no room for a catalog in {self.path}: {error.strerror}; free space on its file system"
+                f"no room for {self.kind.noun} in {self.path}: {error.strerror}; free space on its file system"
             ) from error
         finally:
             os.close(fd)
@@ -265,7 +304,7 @@ class Environment:
         """Hold LMDB's lock that tells other processes that this one, a reader, is alive; lost in the same way.
 
         Taken by the process, as LMDB does, on the byte that its process id numbers: without it, the next process to
-        open the catalog would take a read transaction under way here for a dead one's.
+        open the environment would take a read transaction under way here for a dead one's.
         """
         if self._guard >= 0:
             lock_bytes(self._guard, fcntl.F_WRLCK, os.getpid(), 1, of_process=True)
@@ -292,70 +331,174 @@ class Environment:
                 txn.abort()
                 return int(number)
             except lmdb.Error as error:
-                with translated(self.path):
+                with self._translated():
                     raise error
 
     @contextmanager
     def read(self) -> Iterator[lmdb.Transaction]:
         """Open a short read transaction; what it returns are buffers that die with it."""
-        with self._read_gate, translated(self.path), self.handle.begin(buffers=True) as txn:
+        with self._read_gate, self._translated(), self.handle.begin(buffers=True) as txn:
             self._hold_reader()
             yield txn
 
     @contextmanager
-    def write(self, *, grows: bool = False) -> Iterator[lmdb.Transaction]:
+    def long_read(self) -> Iterator[lmdb.Transaction]:
+        """Open a read transaction beside which other threads read and write; its buffers die with it.
+
+        Whatever needs the process to be without transactions (a fork, a larger map) waits for its end, and so must not
+        be begun inside. Nor may the environment be closed meanwhile: `hold` it.
+        """
+        begun = None
+        with self._translated():
+            try:
+                while begun is None:
+                    try:
+                        with self._read_gate:
+                            while self._wanted_alone or self._forking:
+                                self._quiet.wait()
+                            begun = self.handle.begin(buffers=True)
+                            self._long_reads += 1
+                            self._hold_reader()
+                    except lmdb.MapResizedError:
+                        self._set_map(0)
+                yield begun
+            finally:
+                if begun is not None:
+                    with self._read_gate:
+                        begun.abort()
+                        self._long_reads -= 1
+                        self._quiet.notify_all()
+
+    @contextmanager
+    def write(self, *, grows: bool = False, more: int = 0) -> Iterator[lmdb.Transaction]:
         """Open a write transaction: committed on leaving, undone by any exception.
 
         Parameters
         ----------
         grows
             It adds more than it takes away, so it must leave what the file has to spare to those that delete.
+        more
+            About how many bytes it adds, where that is much.
 
         Raises
         ------
         StoreFullError
             If the file system is full.
         """
-        with self._write_gate, translated(self.path):
+        with self._write_gate, self._translated():
             with self._read_gate:
                 handle = self.handle
-                if grows and not self._pad():
-                    raise _full(self.path, OSError("its file system is full"))
-            with handle.begin(write=True, buffers=True) as txn:
+                if grows and not self._pad(more):
+                    raise self._full(OSError("its file system is full"))
+            try:
+                txn = handle.begin(write=True, buffers=True)
+            except lmdb.MapResizedError:  # another process wrote since this one opened it
+                self._set_map(0)
+                txn = self.handle.begin(write=True, buffers=True)
+            with txn:
                 yield txn
             self._pad()
+
+    def change(self, work: Callable[[lmdb.Transaction], None], *, more: int = 0) -> None:
+        """Call `work` with a write transaction; again with a map twice as large, until what it writes fits the map.
+
+        Parameters
+        ----------
+        work
+            Writes through the transaction that it is given; it may be called several times.
+        more
+            About how many bytes it adds; 0 if it deletes.
+
+        Raises
+        ------
+        StoreFullError
+            If the file system is full, or no larger map is to be had; nothing is written then.
+        """
+        with self._write_gate:
+            while True:
+                try:
+                    with self.write(grows=more > 0, more=more) as txn:
+                        work(txn)
+                    return
+                except StoreFullError as error:
+                    if not isinstance(error.__cause__, lmdb.MapFullError):
+                        raise
+                self._set_map(2 * int(self.handle.info()["map_size"]))
+
+    def flush(self) -> None:
+        """Make everything committed durable, whatever `Kind.sync` and `Kind.metasync` say."""
+        with self._write_gate, self._translated():
+            self.handle.sync(True)
+
+    def _set_map(self, size: int) -> None:
+        """Map the file anew, `size` bytes of it; 0: as many as whoever grew it."""
+        with self._alone():
+            try:
+                self.handle.set_mapsize(size)
+            except lmdb.Error as error:
+                self._close()  # it has no map any more; the next transaction opens it as it was
+                raise StoreFullError(
+                    f"{self.kind.noun} {self.path} needs more address space ({size or 'what another process took'}): "
+                    f"{error}; raise the limit of this process (ulimit -v)"
+                ) from error
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Hold both gates while no transaction of this process is under way."""
+        with self._write_gate, self._read_gate:
+            self._wanted_alone += 1  # or one long read after the other could go on for ever
+            try:
+                while self._long_reads:
+                    self._quiet.wait()
+            finally:
+                self._wanted_alone -= 1
+                self._quiet.notify_all()
+            yield
+
+    def _hold_for_fork(self, gates: ExitStack) -> bool:
+        for gate in (self._write_gate, self._read_gate):
+            if not gate.acquire(blocking=False):
+                return False
+            gates.callback(gate.release)
+        return not self._long_reads
 
     @classmethod
     def _before_fork(cls) -> None:
         # A thread that holds a gate may want the registry (a garbage collection there closes a database), so nobody
         # waits for a gate with the registry in hand.
+        with cls._registry_lock:
+            cls._forking += 1  # no long read begins from here on
         while True:
             cls._registry_lock.acquire()
             cls._fork_gates = ExitStack()
-            for gate in [gate for env in cls._shared.values() for gate in (env._write_gate, env._read_gate)]:
-                if not gate.acquire(blocking=False):
-                    break
-                cls._fork_gates.callback(gate.release)
-            else:
+            busy = next((env for env in cls._shared.values() if not env._hold_for_fork(cls._fork_gates)), None)
+            if busy is None:
                 return
             cls._fork_gates.close()
             cls._registry_lock.release()
-            with gate:  # until whoever holds it is done
+            with busy._alone():  # until whoever is in there is done
                 pass
 
     @classmethod
     def _after_fork_in_parent(cls) -> None:
+        cls._forking -= 1
+        for env in cls._shared.values():
+            env._quiet.notify_all()
         cls._fork_gates.close()
         cls._registry_lock.release()
 
     @classmethod
     def _after_fork_in_child(cls) -> None:
+        cls._forking = 0
         for env in cls._shared.values():
             env._close()
             env._read_gate, env._write_gate = threading.RLock(), threading.RLock()
+            env._quiet = threading.Condition(env._read_gate)
+            env._wanted_alone = 0
         cls._registry_lock = threading.RLock()
 
     _fork_gates: ClassVar[ExitStack]
+    _forking: ClassVar[int] = 0
 
 
 os.register_at_fork(

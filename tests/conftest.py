@@ -88,6 +88,7 @@ def folder(request: pytest.FixtureRequest) -> Path:
 SHARED: dict[str, dict[str, Any]] = {
     "arena": {"segment_bytes": 1 << 20, "durability": "relaxed"},
     "files": {"durability": "relaxed"},
+    "lmdb": {"durability": "none", "map_bytes": 1 << 20},
 }
 
 

@@ -115,6 +115,7 @@ KINDS = {
     "small segments": {"segment_bytes": 1 << 20},
     "one segment": {"segment_bytes": 1 << 30},
     "files": {"backend": "files"},
+    "lmdb": {"backend": "lmdb", "map_bytes": 1 << 20},
 }
 
 

@@ -42,6 +42,7 @@ class BackendInfo:
 _BUILTIN: dict[str, tuple[str, str, str]] = {
     "arena": ("memodb.backends.arena", "ArenaBackend", "pip install memodb"),
     "files": ("memodb.backends.files", "FilesBackend", "pip install memodb"),
+    "lmdb": ("memodb.backends.lmdb", "LmdbBackend", "pip install memodb"),
     "memory": ("memodb.backends.memory", "MemoryBackend", "pip install memodb"),
 }
 
