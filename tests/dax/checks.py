@@ -1,4 +1,4 @@
-"""Runs in the guest: ``checks.py writer|pages|inode LAYOUT MOUNT whole|any``; each check is a line of the table."""
+"""Runs in the guest: ``checks.py writer|pages|inode|node LAYOUT MOUNT whole|any``; a check is a line of the table."""
 
 from __future__ import annotations
 
@@ -224,5 +224,32 @@ def inode() -> None:
                 assert stats["dax"]["map_sync"]
 
 
+def node() -> None:
+    """A tmpfs with mpol= keeps a store on that node, collapsed huge pages included: as CXL memory is used."""
+    MOUNT.mkdir(exist_ok=True)
+    options = "size=200m,mpol=bind:1"
+    subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", MOUNT], check=True)
+    try:
+        with check(f"{options}: where the pages lie") as seen, create("store") as db:
+            values = random_records(RECORDS, SHAPE, "float16")
+            ids = db.put(values)
+            with db.multiget_mapped(ids, strategy="map") as batch:
+                assert_same_bytes(batch.numpy(), values)
+                nodes: dict[str, int] = {}
+                for line in Path("/proc/self/numa_maps").read_text().splitlines():
+                    if f"file={MOUNT}" in line:
+                        for word in line.split():
+                            if word[:1] == "N" and word[1:2].isdigit():
+                                name, _, n = word.partition("=")
+                                nodes[name] = nodes.get(name, 0) + int(n)
+            share = db.stats()["huge_page_share"]
+            seen.append(f"pages of 4 KiB by node: {nodes}; huge_page_share {share:.2f}")
+            assert nodes.keys() == {"N1"}
+            assert nodes["N1"] >= RECORDS * NBYTES // 4096
+            assert share == 1
+    finally:
+        subprocess.run(["umount", MOUNT], check=True)
+
+
 if __name__ == "__main__":
-    {"writer": writer, "pages": pages, "inode": inode}[PART]()
+    {"writer": writer, "pages": pages, "inode": inode, "node": node}[PART]()

@@ -83,7 +83,10 @@ def qemu(kernel: Path, ramdisk: Path, root: Path, tree: Path, nvdimm: Path, word
     append = "root=/dev/vda rw console=ttyS0 quiet panic=-1 init=/init.sh " + " ".join(f"guest.{w}" for w in words)
     return [
         "qemu-system-x86_64",
-        *("-machine", "q35,nvdimm=on,accel=tcg", "-cpu", "max", "-smp", "2", "-m", "2G,slots=2,maxmem=8G"),
+        *("-machine", "q35,nvdimm=on,accel=tcg", "-cpu", "max", "-smp", "2", "-m", "3G,slots=2,maxmem=8G"),
+        # A second node without processors, as CXL memory comes online.
+        *("-object", "memory-backend-ram,id=near,size=2G", "-numa", "node,nodeid=0,cpus=0-1,memdev=near"),
+        *("-object", "memory-backend-ram,id=far,size=1G", "-numa", "node,nodeid=1,memdev=far"),
         *("-object", f"memory-backend-file,id=mem1,share=on,mem-path={nvdimm},size={NVDIMM_MIB}M"),
         *("-device", f"nvdimm,id=nv1,memdev=mem1,label-size={LABEL_MIB}M"),
         *("-kernel", str(kernel), "-initrd", str(ramdisk)),
