@@ -2,6 +2,7 @@
 #
 #   make demo    the main job on real input        (DEMO_ARGS="--model DIR --data FILE.tsv")
 #   make test    the test suite                    (PYTEST_ARGS="-k search -x")
+#   make dax-test    the same on a DAX mount, in a virtual machine: 5 minutes, as root (docs/dax.md)
 #   make check   style, types, room rules, wheel
 #   make bench   benchmarks, half an hour and more (BENCH_ARGS=benchmarks/test_put.py)
 #   make bench-quick    a subset, 3 minutes
@@ -20,7 +21,7 @@ BENCH = $(BIN)/python -m pytest -q --benchmark-columns=median,iqr,rounds --bench
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check bench bench-quick bench-report clean
+.PHONY: help demo test dax-test check bench bench-quick bench-report clean
 
 help:
 	@sed -n 's/^# \{0,1\}//p' Makefile | head -10
@@ -38,6 +39,9 @@ demo: $(READY)
 
 test: $(READY)
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+dax-test: $(READY)
+	$(BIN)/python tests/dax/run.py
 
 check: $(READY)
 	$(BIN)/ruff check

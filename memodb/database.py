@@ -613,6 +613,7 @@ class MemoDB(Handle):
             "huge_page_note": usage.huge_note,
             "filesystem": usage.filesystem,
             "values_path": usage.place,
+            "dax": None if usage.dax is None else dict(usage.dax),
             "indexes_loaded": self._indexes.loaded(),
             **self._counters.to_dict(),
         }

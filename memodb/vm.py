@@ -26,6 +26,7 @@ PAGE: int = mmap.PAGESIZE
 
 PROT_NONE, PROT_READ, PROT_WRITE = 0, 1, 2
 MAP_SHARED, MAP_PRIVATE, MAP_FIXED, MAP_ANONYMOUS, MAP_NORESERVE = 0x01, 0x02, 0x10, 0x20, 0x4000
+MAP_SHARED_VALIDATE, MAP_SYNC = 0x03, 0x80000
 MADV_HUGEPAGE, MADV_POPULATE_READ, MADV_POPULATE_WRITE, MADV_COLLAPSE = 14, 22, 23, 25
 _MAP_FAILED = ctypes.c_void_p(-1).value
 
@@ -115,11 +116,29 @@ def map_runs(address: int, runs: Iterable[tuple[int, int, int]]) -> None:
         address += nbytes
 
 
-def map_shared(address: int, nbytes: int, fd: int, offset: int, *, writable: bool = False) -> None:
-    """Lay the file's own pages over a reserved range."""
+def map_shared(
+    address: int, nbytes: int, fd: int, offset: int, *, writable: bool = False, synchronous: bool = False
+) -> None:
+    """Lay the file's own pages over a reserved range.
+
+    `synchronous` (MAP_SYNC): where a page can be written, the file system has made durable where it lies.
+    """
     # hugetlbfs would set pages of its pool aside for the whole range; elsewhere MAP_NORESERVE means nothing here.
-    flags = MAP_SHARED | MAP_FIXED | MAP_NORESERVE
+    flags = (MAP_SHARED_VALIDATE | MAP_SYNC if synchronous else MAP_SHARED) | MAP_FIXED | MAP_NORESERVE
     _mmap(address, nbytes, PROT_READ | (PROT_WRITE if writable else 0), flags, fd, offset)
+
+
+def can_map_synchronously(fd: int) -> bool:
+    """Tell whether an open file can be mapped with MAP_SYNC (Linux 4.15; a file on DAX), and its pages be populated.
+
+    Without MADV_POPULATE_WRITE (Linux 5.14) a page that cannot be had would be a signal at the store to it.
+    """
+    try:
+        address = _mmap(None, PAGE, PROT_READ, MAP_SHARED_VALIDATE | MAP_SYNC, fd, 0)
+    except OSError:  # EOPNOTSUPP, or EINVAL from a kernel that does not know the flags
+        return False
+    unmap(address, PAGE)
+    return bool(_libc.madvise(0, 0, MADV_POPULATE_WRITE) == 0)  # an empty range is refused only where it is not known
 
 
 def map_nothing(address: int, nbytes: int) -> None:

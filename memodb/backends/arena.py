@@ -20,6 +20,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from memodb import vm
+from memodb.backends import dax
 from memodb.backends.base import Locators, Usage, ValueBackend, Values, Victim, take_options
 from memodb.backends.pages import note
 from memodb.backends.place import Place, is_writable_directory, own_directory
@@ -334,34 +335,39 @@ class ArenaBackend(ValueBackend):
     def usage(self) -> Usage:
         """Return allocated and huge bytes, where they lie, and why pages are small where they are."""
         allocated, huge = self.bytes_on_store(), float(self._table["huge"].sum())
-        share, dax = huge / allocated if allocated else 0.0, False
+        share, on_dax = huge / allocated if allocated else 0.0, None
         if self._measures and allocated:
-            share, dax = self._measured()
+            share, on_dax = self._measured()
             huge = 0.0 if math.isnan(share) else share * allocated
         why = note(
             self._system,
             share,
             wanted=self.options["huge_pages"],
-            dax=dax,
+            dax=on_dax is not None,
             nbytes=int(self._table["used"].sum()) * self.spec.nbytes,
         )
-        kind = f"{self._system.kind}, DAX" if dax else self._system.kind
-        return Usage(allocated, round(huge), why, filesystem=kind, place=os.fspath(self._place.directory))
+        kind, place = self._system.kind, os.fspath(self._place.directory)
+        if on_dax is None:
+            return Usage(allocated, round(huge), why, filesystem=kind, place=place)
+        flush = "fdatasync" if self.options["durability"] == "full" else ""
+        told = dax.report(place, synchronous=on_dax.synchronous, flush=flush)
+        return Usage(allocated, round(huge), why, filesystem=f"{kind}, DAX", place=place, dax=told)
 
-    def _measured(self) -> tuple[float, bool]:
-        """Return what share of the segments lies on huge pages, from a few of them, and whether they are on DAX."""
+    def _measured(self) -> tuple[float, SegmentFile | None]:
+        """Return what share of the segments lies on huge pages, from a few of them, and one that is on DAX."""
         numbers = self._table["number"].tolist()
-        shares, weights, dax = [], [], False
+        shares, weights = [], []
+        on_dax: SegmentFile | None = None
         for number in numbers[:: -(-len(numbers) // _LOOKED_AT)]:
             with contextlib.suppress(OSError):  # reads and verify() tell of a missing segment
                 segment, written = self._segment(number), self._written(number)
                 segment.require(written)
                 segment.look(written)
-                dax |= segment.dax
+                on_dax = segment if segment.dax else on_dax
                 if not math.isnan(segment.known_share):
                     shares.append(segment.known_share)
                     weights.append(max(written, 1))
-        return (float(np.average(shares, weights=weights)) if shares else math.nan), dax
+        return (float(np.average(shares, weights=weights)) if shares else math.nan), on_dax
 
     def remove(self) -> None:
         """Remove the segments, wherever they lie."""

@@ -39,6 +39,10 @@ class Usage:
         matter.
     place
         Directory that holds them; empty where there is none.
+    dax
+        Of files that are accessed directly in persistent memory: "mount_option" (how the file system was mounted, such
+        as "dax=always"), "map_sync" (whether they are written through mappings with MAP_SYNC), "flush" (what makes a
+        put durable). None where no records lie on DAX.
     """
 
     bytes_on_store: int
@@ -46,6 +50,7 @@ class Usage:
     huge_note: str = ""
     filesystem: str = ""
     place: str = ""
+    dax: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True)

@@ -20,10 +20,12 @@ from typing import Any, ClassVar, overload
 import numpy as np
 
 from memodb import vm
+from memodb.backends import dax
 from memodb.backends.base import Locators, Usage, Values, take_options
 from memodb.backends.descriptors import DESCRIPTORS, OpenFile
 from memodb.backends.keyed import KeyedBackend
 from memodb.backends.pages import LOOK_AGAIN, LOOK_AGAIN_SOON, measured_share, note
+from memodb.backends.writer import FileWriter
 from memodb.errors import StoreFullError
 from memodb.extents import Extents
 from memodb.record import RecordSpec
@@ -113,29 +115,23 @@ class FilesBackend(KeyedBackend):
         """Write a new file; return how many bytes of it lie on huge pages."""
         fd = os.open(file, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
         try:
-            gained = self._allocate_huge(fd, data.size) if self._wants_huge and self._system.in_memory else 0
+            if data.size >= vm.HUGE and (self._system.in_memory or self._is_dax(fd)):
+                whole = vm.round_up(data.size, vm.PAGE)
+                writer = FileWriter(fd, self._system, huge=self._wants_huge, dax=not self._system.in_memory)
+                gained = writer.write(0, data, 0, whole)
+                if whole > data.size:
+                    os.ftruncate(fd, data.size)
+                return gained
             rest, offset = memoryview(data), 0  # type: ignore[arg-type]
             while len(rest):
                 written = os.pwrite(fd, rest, offset)
                 rest, offset = rest[written:], offset + written
-            return gained
+            return 0
         finally:
             os.close(fd)
 
-    def _allocate_huge(self, fd: int, nbytes: int) -> int:
-        """Let the whole huge pages of a new file in memory be huge pages, as the arena does; return their bytes."""
-        whole = nbytes // vm.HUGE * vm.HUGE
-        for start in range(0, whole, vm.HUGE):
-            os.pwrite(fd, b"\0", start)
-        os.ftruncate(fd, nbytes)
-        address = vm.reserve(whole)
-        try:
-            vm.map_shared(address, whole, fd, 0, writable=True)
-            if vm.collapse(address, whole):
-                return whole
-            return sum(vm.HUGE for start in range(0, whole, vm.HUGE) if vm.collapse(address + start, vm.HUGE))
-        finally:
-            vm.unmap(address, whole)
+    def _is_dax(self, fd: int) -> bool:
+        return not self._system.in_memory and vm.is_dax(fd)
 
     def sync(self) -> None:
         """Flush what was written, files and directories, in one syncfs(2) (tmpfs and "relaxed": nothing)."""
@@ -216,7 +212,7 @@ class FilesBackend(KeyedBackend):
             nbytes = os.fstat(file.fd).st_size // vm.HUGE * vm.HUGE
             if not nbytes:
                 continue
-            resident: bool | None = self._system.in_memory or vm.is_dax(file.fd)
+            resident: bool | None = self._system.in_memory or self._is_dax(file.fd)
             if not resident and os.fstat(file.fd).st_uid != os.geteuid() and not os.access(file.path, os.W_OK):
                 resident = None
             address = vm.reserve(nbytes)
@@ -236,28 +232,33 @@ class FilesBackend(KeyedBackend):
     def usage(self) -> Usage:
         """Return the bytes of all files, how many lie on huge pages, and where."""
         held = self.bytes_on_store()
-        share, dax = self._share_put(self.kept), False
+        share, on_dax = self._share_put(self.kept), None
         if (self.kept and not self._system.in_memory) or self._measures:
-            share, dax = self._measured()
+            share, on_dax = self._measured()
         why = note(
             self._system,
             share,
             wanted=bool(self.options["huge_pages"]),
-            dax=dax,
+            dax=on_dax is not None,
             nbytes=self.kept * self.spec.nbytes if self.spec.nbytes >= vm.HUGE else 0,
         )
         huge = 0 if math.isnan(share) else round(share * held)
-        kind = f"{self._system.kind}, DAX" if dax else self._system.kind
-        return Usage(held, huge, why, filesystem=kind, place=os.fspath(self.path))
+        kind = self._system.kind
+        if on_dax is None:
+            return Usage(held, huge, why, filesystem=kind, place=self._root)
+        synchronous = self.spec.nbytes >= vm.HUGE and vm.can_map_synchronously(on_dax.fd)
+        durable = self.options["durability"] == "full"
+        told = dax.report(self._root, synchronous=synchronous, flush="syncfs" if durable else "")
+        return Usage(held, huge, why, filesystem=f"{kind}, DAX", place=self._root, dax=told)
 
-    def _measured(self) -> tuple[float, bool]:
-        """Return what share of the last files lies on huge pages, and whether they are on DAX."""
+    def _measured(self) -> tuple[float, OpenFile | None]:
+        """Return what share of the last files lies on huge pages, and one that is on DAX."""
         files = []
         for number in range(max(0, self.next - _LOOKED_AT), self.next):
             with suppress(OSError):  # erased by compaction, for one
                 files.append(self.open_file(number))
-        dax = bool(files) and not self._system.in_memory and vm.is_dax(files[-1].fd)
-        return (self._look(files) if self.spec.nbytes >= vm.HUGE else 0.0), dax
+        on_dax = files[-1] if files and self._is_dax(files[-1].fd) else None
+        return (self._look(files) if self.spec.nbytes >= vm.HUGE else 0.0), on_dax
 
     def bytes_on_store(self) -> int:
         """Return the bytes of all files, dead ones included, rounded to pages."""

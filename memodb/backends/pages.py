@@ -91,7 +91,7 @@ def note(system: vm.FileSystem, share: float, *, wanted: bool, dax: bool, nbytes
     if dax:
         return (
             "not all extents of the segments are aligned to 2 MiB on the device: make the namespace with an alignment "
-            "of 2 MiB, on it ext4 with blocks of 4 KiB (which aligns them), or xfs with mkfs.xfs -d su=2m,sw=1"
+            "of 2 MiB, on it ext4 by mkfs.ext4 -b 4096 -E stride=512,stripe_width=512, or xfs by mkfs.xfs -d su=2m,sw=1"
         )
     if system.in_memory:
         return _why_not_tmpfs()

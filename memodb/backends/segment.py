@@ -16,16 +16,8 @@ import numpy as np
 
 from memodb import vm
 from memodb.backends.pages import LOOK_AGAIN, LOOK_AGAIN_SOON, measured_share
+from memodb.backends.writer import FileWriter
 from memodb.errors import CorruptionError, StoreAccessError, StoreFullError
-from memodb.threads import CREW
-
-#: Bytes collapsed by one madvise call, and copied by one thread at a time: small enough to find out where huge pages
-#: ran out, and to share evenly.
-_COLLAPSE = 16 << 20
-#: Bytes of one pwrite(2): a large write that begins on a multiple of 2 MiB gets large folios in the page cache. (Linux
-#: cuts a write after 2 GiB less a page, which would leave all that follows unaligned.)
-_WRITE = 1 << 30
-
 
 _FULL = {errno.ENOSPC, errno.ENOMEM, errno.EDQUOT, errno.EFBIG}
 
@@ -75,7 +67,6 @@ class SegmentFile:
                 "huge pages is empty; a store on tmpfs can be mapped, on huge pages as well"
             )
         self._system = system
-        self._huge = huge
         self._look_at = 0.0
         self.address = 0
         self.fd = -1
@@ -100,6 +91,7 @@ class SegmentFile:
                 ) from error
             raise
         self.dax = not system.in_memory and vm.is_dax(self.fd)
+        self._writer = FileWriter(self.fd, system, huge=huge, dax=self.dax)
         try:
             address = vm.reserve(capacity, align=max(vm.HUGE, system.page))
             try:
@@ -137,6 +129,11 @@ class SegmentFile:
             rows = vm.Span(self.address, n * nbytes, writable=False).array().reshape(n, nbytes)
             self._rows = rows
         return rows
+
+    @property
+    def synchronous(self) -> bool:
+        """Whether it is written through a mapping with MAP_SYNC."""
+        return self._writer.synchronous
 
     def must_look(self) -> bool:
         """Tell whether the last `look` is long ago."""
@@ -219,16 +216,10 @@ class SegmentFile:
         """
         end = offset + values.nbytes
         # Whole huge pages, or, where there is no room for the last of them any more, just what the records take.
-        unit = max(vm.HUGE, self.page)
-        sizes = {max(allocated, min(vm.round_up(end, least), full)) for least in (unit, self.page)}
+        sizes = {max(allocated, min(vm.round_up(end, least), full)) for least in (max(vm.HUGE, self.page), self.page)}
         for wanted in sorted(sizes, reverse=True):
             try:
-                if self.touchable:
-                    return wanted, self._write_mapped(offset, end, values, allocated, wanted, unit)
-                if wanted > allocated:
-                    os.posix_fallocate(self.fd, allocated, wanted - allocated)
-                self._write_through(offset, values)
-                return wanted, 0
+                return wanted, self._writer.write(offset, values, allocated, wanted)
             except OSError as error:
                 if error.errno not in _FULL:
                     raise
@@ -240,82 +231,11 @@ class SegmentFile:
             f"nothing was stored; free space{more}, delete and compact(), or move the store"
         ) from full_error
 
-    def _write_mapped(
-        self, offset: int, end: int, values: np.ndarray[Any, Any], allocated: int, wanted: int, unit: int
-    ) -> int:
-        first = min(offset // unit * unit, allocated)
-        address = vm.reserve(wanted - first, align=unit)
-        base = address - first
-        try:
-            if wanted > allocated:
-                os.ftruncate(self.fd, wanted)
-            vm.map_shared(address, wanted - first, self.fd, first, writable=True)
-            if offset < allocated:
-                # Allocated by an earlier put; but a file that was copied sparsely has holes where it should have pages.
-                start = offset // vm.PAGE * vm.PAGE
-                stop = vm.round_up(min(end, allocated), vm.PAGE)
-                os.posix_fallocate(self.fd, start, stop - start)
-                vm.populate_write(base + start, stop - start)
-            target = vm.Span(base + offset, end - offset, writable=True).array()
-            step = max(_COLLAPSE, unit)
-            bounds = [offset, *range(allocated, wanted, step)] if wanted > allocated else [offset]
-            source = values.reshape(-1).view(np.uint8) if values.flags.c_contiguous else None
-            gained = [0] * len(bounds)
-
-            def work(i: int) -> None:
-                # Every page is there before it is written, so no store can find the file system full. What is copied
-                # at once is still in the cache from the kernel's zeroing of it.
-                start, stop = bounds[i], bounds[i + 1] if i + 1 < len(bounds) else wanted
-                if allocated <= start < stop:
-                    gained[i] = self._allocate(base, start, stop)
-                if source is not None:
-                    part = slice(max(start, offset) - offset, min(stop, end) - offset)
-                    target[part] = source[part]
-
-            CREW.share(work, len(bounds))
-            if source is None:
-                np.copyto(target.view(values.dtype).reshape(values.shape), values)
-        finally:
-            vm.unmap(address, wanted - first)
-        return sum(gained)
-
-    def _allocate(self, base: int, start: int, stop: int) -> int:
-        """Allocate a range of the file, mapped at `base` + offset; return how many bytes of it lie on huge pages."""
-        gained = 0
-        if self._system.kind == "hugetlbfs":
-            # No write(2) there. Pages are taken out of the pool now; without them a store to the mapping is SIGBUS.
-            os.posix_fallocate(self.fd, start, stop - start)
-            return stop - start
-        if self._huge:
-            # One byte in each huge page (through the descriptor: a touch of the mapping is SIGBUS on a full tmpfs)
-            # lets the kernel fill the hole around it with one huge page; a range that is all hole it refuses.
-            whole = range(vm.round_up(start, vm.HUGE), stop - vm.HUGE + 1, vm.HUGE)
-            for page in whole:
-                os.pwrite(self.fd, b"\0", page)
-            if whole and vm.collapse(base + whole[0], len(whole) * vm.HUGE):
-                gained = len(whole) * vm.HUGE
-            else:
-                gained = sum(vm.HUGE for page in whole if vm.collapse(base + page, vm.HUGE))
-        if gained == stop - start:
-            return gained
-        os.posix_fallocate(self.fd, start, stop - start)
-        return gained
-
-    def _write_through(self, offset: int, values: np.ndarray[Any, Any]) -> None:
-        # A file on a disk is written by pwrite(2): an I/O error or a full disk is an error there, a signal through a
-        # mapping.
-        chunks = [values] if values.flags.c_contiguous else values
-        for chunk in chunks:
-            data = memoryview(np.ascontiguousarray(chunk).reshape(-1).view(np.uint8))  # type: ignore[arg-type]
-            while len(data):
-                written = os.pwrite(self.fd, data[:_WRITE], offset)
-                data, offset = data[written:], offset + written
-
     def truncate(self, nbytes: int) -> None:
         """Cut leftovers beyond `nbytes` off."""
         if os.fstat(self.fd).st_size > nbytes:
             os.ftruncate(self.fd, nbytes)
 
     def sync(self) -> None:
-        """Flush the file's data to its device (fdatasync(2)); a no-op on tmpfs."""
-        os.fdatasync(self.fd)
+        """Flush the file's data to its device; a no-op on tmpfs."""
+        self._writer.sync()
