@@ -19,6 +19,7 @@ import numpy as np
 import memodb
 from memodb import vm
 from memodb.testing import assert_same_bytes, random_records
+from memodb.threads import CREW
 
 MARK, MIB = "@@ ", 1 << 20
 #: Three huge pages each.
@@ -43,6 +44,10 @@ def check(name: str) -> Iterator[list[str]]:
         seen.append(f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
     gc.collect()
     print(MARK + json.dumps({"where": LAYOUT, "check": name, "result": result, "seen": "; ".join(seen)}), flush=True)
+
+
+#: Those whose records are files that the file system maps, and the call that flushes each.
+FLUSH = {"arena": "fdatasync", "files": "syncfs"}
 
 
 def create(name: str, at: Path = MOUNT, **settings: object) -> memodb.MemoDB:
@@ -82,42 +87,9 @@ def writer() -> None:
         seen.append(", ".join(f"{name}: {'mapped' if ok else 'refused'}" for name, ok in found.items()))
         assert found == {"here": True, "tmpfs": False, "ext4 without DAX": False}
 
-    with check("the writer's mapping is synchronous (VmFlags sf)") as seen:
-        flags: dict[int, list[str]] = {}
-        populate = vm.populate_write
-
-        def spy(address: int, nbytes: int) -> None:
-            populate(address, nbytes)
-            flags[address] = flags_of(address)  # the last mapping laid there is the one written through
-
-        vm.populate_write = spy
-        values = random_records(4, SHAPE, "float16")
-        try:
-            with create("spied") as db:
-                db.put(values)
-        finally:
-            vm.populate_write = populate
-        seen.append(" ".join(next(iter(flags.values()))))
-        assert flags
-        assert all("sf" in found for found in flags.values()), flags
-
-    with check('stats()["dax"]') as seen:
-        with memodb.MemoDB.open(MOUNT / "spied") as db:
-            stats = db.stats()
-        kind = LAYOUT.split(",")[0]
-        seen.append(f"{stats['filesystem']}: {json.dumps(stats['dax'])}")
-        assert stats["filesystem"] == f"{kind}, DAX"
-        assert stats["dax"] == {"mount_option": "dax=always", "map_sync": True, "flush": "fdatasync"}
-
-    with check("mounted again: every byte is there") as seen:
-        device = subprocess.run(["findmnt", "-no", "SOURCE", MOUNT], check=True, capture_output=True, text=True).stdout
-        subprocess.run(["umount", MOUNT], check=True)
-        subprocess.run(["mount", "-o", "dax=always", device.strip(), MOUNT], check=True)
-        with memodb.MemoDB.open(MOUNT / "spied") as db:
-            assert_same_bytes(db.multiget(range(4)), values)
-            assert db.verify() == []
-        seen.append("4 records, verify() finds nothing")
-        shutil.rmtree(MOUNT / "spied")
+    values = random_records(4, SHAPE, "float16")
+    for backend in FLUSH:
+        written(backend, values)
 
     with check("a full device is StoreFullError, no signal") as seen:
         filler = MOUNT / "filler"
@@ -146,6 +118,48 @@ def writer() -> None:
         shutil.rmtree("/opt/plain")
 
 
+def written(backend: str, values: np.ndarray) -> None:
+    """What one backend writes on DAX: through which mapping, what it says of it, and that it is there afterwards."""
+    with check(f"the writer's mapping is synchronous (VmFlags sf), {backend}") as seen:
+        flags: list[list[str]] = []
+        populate = vm.populate_write
+
+        def spy(address: int, nbytes: int) -> None:
+            populate(address, nbytes)
+            # Two mappings are laid at an address, one after the other; the last one is the one written through.
+            flags[:] = [found for found in flags if found[0] != hex(address)] + [[hex(address), *flags_of(address)]]
+
+        vm.populate_write = spy
+        threads, CREW.share = CREW.share, lambda work, n, threads=1: [work(i) for i in range(n)]
+        try:
+            with create("spied", backend=backend) as db:
+                for value in values:
+                    db.put(value[None])
+                    seen[:] = [" ".join(flags[-1][1:])]
+                    assert all("sf" in found for found in flags), flags
+                    flags.clear()
+        finally:
+            vm.populate_write, CREW.share = populate, threads
+
+    with check(f'stats()["dax"], {backend}') as seen:
+        with memodb.MemoDB.open(MOUNT / "spied") as db:
+            stats = db.stats()
+        kind = LAYOUT.split(",")[0]
+        seen.append(f"{stats['filesystem']}: {json.dumps(stats['dax'])}")
+        assert stats["filesystem"] == f"{kind}, DAX"
+        assert stats["dax"] == {"mount_option": "dax=always", "map_sync": True, "flush": FLUSH[backend]}
+
+    with check(f"mounted again: every byte is there, {backend}") as seen:
+        device = subprocess.run(["findmnt", "-no", "SOURCE", MOUNT], check=True, capture_output=True, text=True).stdout
+        subprocess.run(["umount", MOUNT], check=True)
+        subprocess.run(["mount", "-o", "dax=always", device.strip(), MOUNT], check=True)
+        with memodb.MemoDB.open(MOUNT / "spied") as db:
+            assert_same_bytes(db.multiget(range(4)), values)
+            assert db.verify() == []
+        seen.append("4 records, verify() finds nothing")
+        shutil.rmtree(MOUNT / "spied")
+
+
 def median_ms(work: Callable[[], object], rounds: int = 3) -> float:
     times = []
     for _ in range(rounds):
@@ -156,13 +170,18 @@ def median_ms(work: Callable[[], object], rounds: int = 3) -> float:
 
 
 def pages() -> None:
-    """How large the page-table entries of a mapped gather are, and what a gather takes."""
+    """How large the page-table entries of a mapped gather are, and what a gather takes, for each backend."""
+    for backend in FLUSH:
+        pages_of(backend)
+
+
+def pages_of(backend: str) -> None:
     values = random_records(RECORDS, SHAPE, "float16")
     wanted = np.random.default_rng(1).permutation(RECORDS)[:WANTED]
-    with create("pages") as db:
+    with create("pages", backend=backend) as db:
         # In several puts: the segment grows, as stores do.
         ids = np.concatenate([db.put(values[i : i + 5]) for i in range(0, RECORDS, 5)])
-        with check(f"entries of 2 MiB, gather of {WANTED} x {NBYTES / 1e6:.2f} MB") as seen:
+        with check(f"entries of 2 MiB, gather of {WANTED} x {NBYTES / 1e6:.2f} MB, {backend}") as seen:
             with db.multiget_mapped(ids[wanted], strategy="map") as batch:
                 assert batch.zero_copy
                 assert_same_bytes(batch.numpy(), values[wanted])
@@ -177,7 +196,7 @@ def pages() -> None:
             assert present == WANTED * NBYTES
             assert (huge == present and share == 1) or not WHOLE, stats["huge_page_note"]
 
-        with check("gather, read and release in ms (emulated!)") as seen:
+        with check(f"gather, read and release in ms (emulated!), {backend}") as seen:
 
             def gather(strategy: str) -> None:
                 with db.multiget_mapped(ids[wanted], strategy=strategy) as batch:
@@ -189,13 +208,13 @@ def pages() -> None:
             took["floor (reading a warm tensor)"] = median_ms(lambda: warm.view(np.uint64).max())
             seen.append(", ".join(f"{name} {ms:.0f}" for name, ms in took.items()))
 
-    with check(f"put of {WANTED * NBYTES // MIB} MiB in ms (emulated!)") as seen:
+    with check(f"put of {WANTED * NBYTES // MIB} MiB in ms (emulated!), {backend}") as seen:
         took = {}
         for name, synchronous in (("MAP_SYNC", True), ("pwrite", False)):
             can = vm.can_map_synchronously
             vm.can_map_synchronously = can if synchronous else lambda fd: False
             try:
-                with create(name) as db:
+                with create(name, backend=backend) as db:
                     took[name] = median_ms(lambda db=db: db.put(values[:WANTED]), 1)
                     assert db.stats()["dax"]["map_sync"] == synchronous
                     assert_same_bytes(db.multiget(range(WANTED)), values[:WANTED])
@@ -203,6 +222,7 @@ def pages() -> None:
                 vm.can_map_synchronously = can
             shutil.rmtree(MOUNT / name)
         seen.append(", ".join(f"{name} {ms:.0f}" for name, ms in took.items()))
+    shutil.rmtree(MOUNT / "pages")
 
 
 def inode() -> None:
@@ -246,7 +266,8 @@ def node() -> None:
             seen.append(f"pages of 4 KiB by node: {nodes}; huge_page_share {share:.2f}")
             assert nodes.keys() == {"N1"}
             assert nodes["N1"] >= RECORDS * NBYTES // 4096
-            assert share == 1
+            # All of it where memory allows; that node is small, and some of it may be in pieces.
+            assert share > 0.5
     finally:
         subprocess.run(["umount", MOUNT], check=True)
 
