@@ -1,8 +1,8 @@
 """The virtual-memory calls memodb lives on, and the only place that makes them.
 
-Thin, typed wrappers over mmap(2), munmap(2), madvise(2), mincore(2), statfs(2), statx(2) and PAGEMAP_SCAN. Addresses
-are plain integers; errors are `OSError` with the kernel's errno, for the rooms above to put into the caller's words.
-Constants are those of the Linux man pages.
+Thin, typed wrappers over mmap(2), munmap(2), madvise(2), mincore(2), statfs(2), statx(2), syncfs(2) and PAGEMAP_SCAN.
+Addresses are plain integers; errors are `OSError` with the kernel's errno, for the rooms above to put into the caller's
+words. Constants are those of the Linux man pages.
 """
 
 from __future__ import annotations
@@ -49,6 +49,8 @@ _libc.mincore.restype = ctypes.c_int
 _libc.mincore.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p]
 _libc.statfs.restype = ctypes.c_int
 _libc.statfs.argtypes = [ctypes.c_char_p, ctypes.c_void_p]
+_libc.syncfs.restype = ctypes.c_int
+_libc.syncfs.argtypes = [ctypes.c_int]
 
 
 def _huge_page_size() -> int:
@@ -286,6 +288,22 @@ def sync_directory(path: str | os.PathLike[str]) -> None:
     fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def sync_filesystem(path: str | os.PathLike[str]) -> None:
+    """Make everything written to the file system that holds the directory `path` durable (syncfs(2)).
+
+    Raises
+    ------
+    OSError
+        If the directory cannot be opened, or the device fails to write.
+    """
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        if _libc.syncfs(fd) != 0:
+            raise _fail(f"syncfs({os.fspath(path)})")
     finally:
         os.close(fd)
 

@@ -41,6 +41,7 @@ class BackendInfo:
 #: name -> (module, class, what to install)
 _BUILTIN: dict[str, tuple[str, str, str]] = {
     "arena": ("memodb.backends.arena", "ArenaBackend", "pip install memodb"),
+    "zarr": ("memodb.backends.zarr", "ZarrBackend", "pip install memodb"),
     "memory": ("memodb.backends.memory", "MemoryBackend", "pip install memodb"),
 }
 
