@@ -19,7 +19,7 @@ from memodb.backends.base import Locators, Usage, Values, Victim, take_options
 from memodb.backends.keyed import KeyedBackend
 from memodb.backends.zarr_codecs import PACKED, Coding, check_coding
 from memodb.backends.zarr_url import CLIENTS, Target, choose_client, parse_storage_options, parse_url
-from memodb.errors import CorruptionError, InvalidOptionError, ReadOnlyError, StoreExistsError, StoreNotFoundError
+from memodb.errors import CorruptionError, InvalidOptionError, StoreAccessError, StoreExistsError, StoreNotFoundError
 from memodb.record import RecordSpec
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ class ZarrBackend(KeyedBackend):
     def __init__(self, path: Path, spec: RecordSpec, options: Mapping[str, Any], *, writable: bool) -> None:
         target = _target(path, options)
         if target.kind == "zip" and writable:
-            raise ReadOnlyError(
+            raise StoreAccessError(
                 f"the records of {path.parent} are in {target}, which can be read only: to write, unpack it into "
                 f"{path} and remove it; to read, open with mode='r'"
             )

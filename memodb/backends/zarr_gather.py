@@ -1,8 +1,8 @@
 """Reading scattered rows of the array into one buffer.
 
 zarr's own indexing cannot be used: what is missing it returns as the fill value, without a word; and a selection of
-whole rows it copies element by element. So chunks are fetched from zarr's store here and decoded by zarr's codecs, all
-at once in zarr's loop; and of files that hold plain bytes the rows are read straight into the buffer.
+whole rows it copies element by element. So chunks are fetched from zarr's store here and decoded by zarr's codecs, in
+zarr's loop. Files of this machine need neither: they are read by our own threads, plain bytes straight into the buffer.
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ from dataclasses import replace
 from typing import Any
 from zipfile import BadZipFile
 
+import numcodecs  # type: ignore[import-untyped]
 import numpy as np
 from zarr.abc.store import RangeByteRequest, SuffixByteRequest
-from zarr.codecs import BytesCodec, ShardingCodec
+from zarr.codecs import BloscCodec, BytesCodec, ShardingCodec, ZstdCodec
 from zarr.core.buffer import default_buffer_prototype
 
 from memodb.backends.base import Locators
@@ -61,13 +62,21 @@ class Reader:
         spec = metadata.get_chunk_spec((0,) * len(metadata.shape), array.config, self._prototype)
         codecs = metadata.codecs
         self._per_object = 1
-        if isinstance(codecs[0], ShardingCodec):
+        self._sharded = isinstance(codecs[0], ShardingCodec)
+        if self._sharded:
             self._per_object = array.per_object // array.per_chunk
             self._pipeline, codecs = codecs[0].codec_pipeline, codecs[0].codecs
         self._spec = replace(spec, shape=(array.per_chunk, *spec.shape[1:]))
         # A committed shard is never written again, and its number never comes again: its index stays true.
         self._indexes: dict[int, _Index] = {}
-        self._files = array.place.root if array.coding.plain and _is_plain(codecs, array.coding.dtype) else None
+        self._decompress = None
+        self._files = array.place.root if _is_native(codecs[0], array.coding.dtype) else None
+        if len(codecs) == 2 and isinstance(codecs[1], ZstdCodec):
+            self._decompress = numcodecs.Zstd().decode
+        elif len(codecs) == 2 and isinstance(codecs[1], BloscCodec):
+            self._decompress = numcodecs.Blosc().decode
+        elif len(codecs) > 1 or not array.coding.plain:
+            self._files = None
 
     def read(self, rows: Locators, out: Bytes2D) -> None:
         """Read rows into `out`, uint8 [n, nbytes].
@@ -83,19 +92,24 @@ class Reader:
         """
         if len(self._indexes) > _MOST_INDEXES:
             self._indexes.clear()
-        if self._files is not None:
-            numbers = rows.tolist()
-            CREW.share(lambda i: self._read_file(numbers[i], out[i]), len(numbers))
-            return
         chunks, inverse = np.unique(rows // np.uint64(self._array.per_chunk), return_inverse=True)
         order = np.argsort(inverse, kind="stable")
         members = np.split(order, np.searchsorted(inverse[order], np.arange(1, len(chunks))))
         numbers = chunks.tolist()
-        if self._per_object > 1:
+        if self._files is not None:
+            self._read_files(numbers, members, rows, out)
+            return
+        if self._sharded:
             unknown = {number // self._per_object for number in numbers} - self._indexes.keys()
             self._array.place.run([self._index_job(shard) for shard in sorted(unknown)], "read")
-        jobs = [self._chunk_job(number, rows, at, out) for number, at in zip(numbers, members, strict=True)]
-        self._array.place.run(jobs, "read")
+        # zarr's loop and its threads hold what they ran for a while. A batch is released by nobody looking at it any
+        # more, so they reach it through this list only.
+        target = [out]
+        try:
+            jobs = [self._chunk_job(number, rows, at, target) for number, at in zip(numbers, members, strict=True)]
+            self._array.place.run(jobs, "read")
+        finally:
+            target.clear()
 
     # --- through zarr's store and codecs ---
 
@@ -110,13 +124,13 @@ class Reader:
 
         return read
 
-    def _chunk_job(self, number: int, rows: Locators, members: Any, out: Bytes2D) -> Job:
+    def _chunk_job(self, number: int, rows: Locators, members: Any, target: list[Bytes2D]) -> Job:
         shard, inner = divmod(number, self._per_object)
         key = self._array.key(shard)
 
         async def read() -> None:
             part = None
-            if self._per_object > 1:
+            if self._sharded:
                 start, length = self._indexes[shard][inner].tolist()
                 if start == _ABSENT:
                     raise self._missing(key)
@@ -137,47 +151,65 @@ class Reader:
             except Exception as error:
                 raise self._undecodable(int(rows[members[0]]), key, error) from error
 
-            def copy() -> None:
-                for member in members.tolist():
-                    self._array.coding.decode(decoded[int(rows[member]) % self._array.per_chunk], out[member])
-
             if self._nbytes * len(members) < _SMALL:
-                copy()
+                self._copy(decoded, members.tolist(), rows, target[0])
             else:
-                await asyncio.to_thread(copy)
+                await asyncio.to_thread(lambda: self._copy(decoded, members.tolist(), rows, target[0]))
 
         return read
 
+    def _copy(self, chunk: Any, members: list[int], rows: Locators, out: Bytes2D) -> None:
+        for member in members:
+            self._array.coding.decode(chunk[int(rows[member]) % self._array.per_chunk], out[member])
+
     # --- straight from files ---
 
-    def _read_file(self, row: int, out: np.ndarray[Any, np.dtype[np.uint8]]) -> None:
-        number, within = divmod(row, self._array.per_chunk)
-        shard, inner = divmod(number, self._per_object)
-        key = self._array.key(shard)
-        chunk = self._nbytes * self._array.per_chunk
-        try:
-            fd = os.open(f"{self._files}/{key}", os.O_RDONLY | os.O_CLOEXEC)
-        except FileNotFoundError:
-            raise self._missing(key) from None
-        except OSError as error:
-            raise self._unreadable(row, key, error) from error
-        try:
-            size, start = os.fstat(fd).st_size, 0
-            if self._per_object > 1:
-                start, length = self._file_index(fd, size, shard, key)[inner].tolist()
-                if start == _ABSENT:
-                    raise self._missing(key)
-                if length != chunk or start + length > size:
-                    raise self._undecodable(row, key, f"its index says {length} bytes at {start}, of {size}")
-            elif size != chunk:
-                raise self._undecodable(row, key, f"{size} bytes, expected {chunk}")
-            _read_fully(fd, out, start + within * self._nbytes)
-        except (MemoDBError, MissingObjectError):
-            raise
-        except OSError as error:
-            raise self._unreadable(row, key, error) from error
-        finally:
-            os.close(fd)
+    def _read_files(self, chunks: list[int], members: list[Any], rows: Locators, out: Bytes2D) -> None:
+        def read(i: int) -> None:
+            shard, inner = divmod(chunks[i], self._per_object)
+            key, mine = self._array.key(shard), members[i].tolist()
+            row = int(rows[mine[0]])
+            try:
+                fd = os.open(f"{self._files}/{key}", os.O_RDONLY | os.O_CLOEXEC)
+            except FileNotFoundError:
+                raise self._missing(key) from None
+            except OSError as error:
+                raise self._unreadable(row, key, error) from error
+            try:
+                start, length = self._file_part(fd, shard, inner, key, row)
+                if self._decompress is None:
+                    for member in mine:
+                        within = int(rows[member]) % self._array.per_chunk
+                        _read_fully(fd, out[member], start + within * self._nbytes)
+                    return
+                raw = np.empty(length, np.uint8)
+                _read_fully(fd, raw, start)
+            except (MemoDBError, MissingObjectError):
+                raise
+            except OSError as error:
+                raise self._unreadable(row, key, error) from error
+            finally:
+                os.close(fd)
+            try:
+                chunk = np.frombuffer(self._decompress(raw), self._array.coding.dtype).reshape(self._spec.shape)
+            except (ValueError, RuntimeError) as error:
+                raise self._undecodable(row, key, error) from error
+            self._copy(chunk, mine, rows, out)
+
+        CREW.share(read, len(chunks))
+
+    def _file_part(self, fd: int, shard: int, inner: int, key: str, row: int) -> tuple[int, int]:
+        """Return where a chunk begins in the file of its object, and how long it is."""
+        size = os.fstat(fd).st_size
+        start, length = 0, size
+        if self._sharded:
+            start, length = self._file_index(fd, size, shard, key)[inner].tolist()
+            if start == _ABSENT:
+                raise self._missing(key)
+        whole = self._nbytes * self._array.per_chunk
+        if start + length > size or (self._decompress is None and length != whole):
+            raise self._undecodable(row, key, f"{length} bytes at {start} of {size}, expected {whole}")
+        return start, length
 
     def _file_index(self, fd: int, size: int, shard: int, key: str) -> _Index:
         found = self._indexes.get(shard)
@@ -215,12 +247,11 @@ class Reader:
         return self._undecodable(row, key, error)
 
 
-def _is_plain(codecs: Any, dtype: np.dtype[Any]) -> bool:
-    """Tell whether chunks hold the bytes of their elements as they lie in memory."""
-    if len(codecs) != 1 or not isinstance(codecs[0], BytesCodec):
+def _is_native(codec: Any, dtype: np.dtype[Any]) -> bool:
+    """Tell whether elements lie in chunks as they lie in memory."""
+    if not isinstance(codec, BytesCodec):
         return False
-    endian = codecs[0].endian
-    return dtype.itemsize == 1 or (endian is not None and endian.value == sys.byteorder)
+    return dtype.itemsize == 1 or (codec.endian is not None and codec.endian.value == sys.byteorder)
 
 
 def _read_fully(fd: int, out: np.ndarray[Any, np.dtype[np.uint8]], offset: int) -> None:
