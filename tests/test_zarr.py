@@ -1,8 +1,11 @@
 """The zarr backend on this machine: conformance, and what it alone promises. (On another one: test_zarr_s3.py.)"""
 
+import asyncio
 import os
 import secrets
 import shutil
+import signal
+import threading
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
@@ -17,6 +20,7 @@ from programs import run_program
 
 import memodb
 from memodb.backends.zarr_codecs import round_mantissa
+from memodb.backends.zarr_loop import run
 from memodb.checksum import crc32c
 from memodb.testing import BackendTests, StoreMachine, assert_same_bytes, random_records
 
@@ -614,6 +618,28 @@ def test_many_threads_read(make):
     with ThreadPoolExecutor(8) as pool:
         for i, found in enumerate(pool.map(lambda i: db.multiget([i % 16, 3]), range(64))):
             assert_same_bytes(found, values[[i % 16, 3]])
+
+
+def test_an_interrupt_waits_for_what_has_begun_and_begins_nothing_more():
+    """Otherwise a write of an interrupted put could come after that of the next one, into the same rows."""
+    begun, done = [], []
+
+    def job(i):
+        async def work():
+            begun.append(i)
+            if i == 0:
+                signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+            for _ in range(1000):
+                await asyncio.sleep(0)
+            done.append(i)
+
+        return work
+
+    with pytest.raises(KeyboardInterrupt):
+        run([job(i) for i in range(100_000)], 3)
+    finished = sorted(done)
+    assert finished == sorted(begun)
+    assert len(finished) < 100_000
 
 
 def test_zarr_is_imported_for_its_own_stores_only(make, path, shm):

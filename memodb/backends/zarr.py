@@ -203,8 +203,13 @@ class ZarrBackend(KeyedBackend):
             ) from error
 
     def _open_array(self) -> None:
-        if not self._array.open(repair=self.writable) and self.next:
-            raise self._lost()
+        try:
+            if not self._array.open(repair=self.writable) and self.next:
+                raise self._lost()
+        except BaseException:
+            self._array.forget()
+            self._place.close()  # a handle that cannot be opened is never closed; the store opens again at need
+            raise
 
     def _lost(self) -> CorruptionError | StoreNotFoundError:
         if self._place.target.kind == "memory":
@@ -280,7 +285,8 @@ class ZarrBackend(KeyedBackend):
     def after_fork(self) -> None:
         """Go on in a forked child: zarr's loop and connections are the parent's."""
         super().after_fork()
-        self._array.after_fork()
+        self._place.after_fork()
+        self._array.forget()
         self._reader = None
 
     def usage(self) -> Usage:

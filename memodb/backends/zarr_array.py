@@ -176,9 +176,8 @@ class RecordArray:
 
         self.place.run([resize], "written")
 
-    def after_fork(self) -> None:
-        """Go on in a forked child: the array is tied to the parent's store."""
-        self.place.after_fork()
+    def forget(self) -> None:
+        """Know nothing of the array, as before `open`: it is tied to the store that it was opened through."""
         self._array = None
 
     # --- objects ---

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import errno
 import os
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
@@ -12,6 +15,7 @@ from zipfile import BadZipFile
 from zarr.abc.store import Store
 from zarr.buffer.cpu import Buffer
 from zarr.core.buffer import default_buffer_prototype
+from zarr.core.sync import iothread
 from zarr.storage import FsspecStore, LocalStore, MemoryStore, ObjectStore, WrapperStore, ZipStore
 
 from memodb.backends.zarr_loop import run
@@ -25,6 +29,8 @@ _NODES = (METADATA, ".zarray", ".zgroup")
 _MEMORY: dict[str, dict[str, Any]] = {}
 #: Stores whose connections another process owns: never collected, since that would close them.
 _ABANDONED: list[Store] = []
+#: Connections that are being closed by the loop itself, which holds its tasks weakly.
+_CLOSING: set[asyncio.Task[None]] = set()
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS)
 
@@ -237,4 +243,10 @@ def _close_session(fs: Any) -> None:
     async def close() -> None:
         await client.close()
 
-    run([close], 1)
+    if iothread[0] is threading.current_thread():  # a garbage collection there found a handle that nobody closed
+        task = asyncio.get_running_loop().create_task(close())
+        _CLOSING.add(task)
+        task.add_done_callback(_CLOSING.discard)
+        return
+    with contextlib.suppress(Exception):  # the loop is gone when the interpreter ends, and connections with it
+        run([close], 1)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib.util import find_spec
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
@@ -89,7 +89,10 @@ def choose_client(target: Target, client: str) -> str:
         If it is not installed; the message tells what to install.
     """
     driver, install = _REMOTE[urlsplit(target.where).scheme]
-    there = {"fsspec": find_spec("fsspec") and find_spec(driver), "obstore": find_spec("obstore")}
+    there = {
+        "fsspec": importlib.util.find_spec("fsspec") and importlib.util.find_spec(driver),
+        "obstore": importlib.util.find_spec("obstore"),
+    }
     wanted = ("fsspec", "obstore") if client == "auto" else (client,)
     for name in wanted:
         if there[name]:
