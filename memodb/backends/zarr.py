@@ -5,7 +5,6 @@ zarr is imported when a store of this kind is made or opened: the modules ``zarr
 
 from __future__ import annotations
 
-import math
 import secrets
 import struct
 from collections.abc import Mapping
@@ -15,10 +14,11 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from memodb import vm
-from memodb.backends.base import Locators, Usage, Values, Victim, take_options
+from memodb.backends.base import Locators, Usage, Values, Victim
 from memodb.backends.keyed import KeyedBackend
-from memodb.backends.zarr_codecs import PACKED, Coding, check_coding
-from memodb.backends.zarr_url import CLIENTS, Target, choose_client, parse_storage_options, parse_url
+from memodb.backends.zarr_codecs import Coding
+from memodb.backends.zarr_options import check
+from memodb.backends.zarr_url import Target, choose_client, parse_storage_options, parse_url
 from memodb.errors import CorruptionError, InvalidOptionError, StoreAccessError, StoreExistsError, StoreNotFoundError
 from memodb.record import RecordSpec
 
@@ -28,12 +28,6 @@ if TYPE_CHECKING:
 _STATE = struct.Struct("<QQ")
 #: Objects that compaction removes at a time.
 _GROUP = 4096
-#: codec -> default level, and the levels there are
-_LEVELS: dict[str, tuple[int | None, range]] = {
-    "none": (None, range(0)),
-    "zstd": (1, range(-7, 23)),
-    "blosc": (5, range(10)),
-}
 
 
 class ZarrBackend(KeyedBackend):
@@ -111,10 +105,7 @@ class ZarrBackend(KeyedBackend):
         StoreAccessError
             If `url` cannot be reached.
         """
-        taken = take_options(cls.name, options, _KNOWN)
-        _check_layout(taken)
-        taken["scale_factor"], taken["add_offset"] = float(taken["scale_factor"]), float(taken["add_offset"])
-        check_coding(spec, taken)
+        taken = check(cls.name, options, spec)
         target = None if taken["url"] is None else parse_url(taken["url"])
         taken["storage_options"] = parse_storage_options(taken["storage_options"], target)
         taken["token"] = secrets.token_hex(8)
@@ -333,44 +324,4 @@ def _require_nothing(target: Target, options: Mapping[str, Any]) -> None:
         raise StoreExistsError(
             f"there is {found} at {place} already, and nothing of it was touched: choose another url, or open the "
             "store that it belongs to"
-        )
-
-
-def _is_count(value: Any) -> bool:
-    return type(value) is int and 1 <= value <= 1 << 20
-
-
-def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)
-
-
-#: name -> (default, test, what is expected), for `take_options`; some depend on each other, and are looked at after.
-_KNOWN: dict[str, tuple[Any, Any, str]] = {
-    "codec": ("zstd", lambda v: isinstance(v, str) and v in _LEVELS, '"zstd", "none" or "blosc"'),
-    "level": (None, lambda v: v is None or type(v) is int, "an int"),
-    "chunk_records": (1, _is_count, "an int, 1 to 2**20"),
-    "shard_records": (None, lambda v: v is None or _is_count(v), "an int, 1 to 2**20"),
-    "bitround": (None, lambda v: v is None or _is_count(v), "an int of at least 1 (mantissa bits)"),
-    "packed_dtype": (None, lambda v: v is None or v in PACKED, "one of " + ", ".join(PACKED)),
-    "scale_factor": (1.0, lambda v: _is_number(v) and v != 0, "a number other than 0"),
-    "add_offset": (0.0, _is_number, "a number"),
-    "url": (None, lambda v: v is None or isinstance(v, str), "a URL, or the path of a directory"),
-    "client": ("auto", lambda v: v in CLIENTS, "one of " + ", ".join(CLIENTS)),
-    "storage_options": (None, lambda v: True, "a dict"),
-    "durability": ("full", lambda v: v in ("full", "relaxed"), '"full" or "relaxed"'),
-}
-
-
-def _check_layout(taken: dict[str, Any]) -> None:
-    """Check the options that depend on each other, and fill in the codec's level."""
-    default, levels = _LEVELS[taken["codec"]]
-    if taken["level"] is None:
-        taken["level"] = default
-    elif taken["level"] not in levels:
-        have = f"levels {levels.start} to {levels.stop - 1}" if levels else "no levels"
-        raise InvalidOptionError(f"level={taken['level']}: codec {taken['codec']!r} has {have}")
-    if taken["shard_records"] is not None and taken["shard_records"] % taken["chunk_records"]:
-        raise InvalidOptionError(
-            f"shard_records={taken['shard_records']} is no multiple of chunk_records={taken['chunk_records']}: a shard "
-            "holds whole chunks"
         )
