@@ -16,7 +16,7 @@ import pytest
 import zarr
 from hypothesis import HealthCheck, settings
 from hypothesis.stateful import precondition, rule
-from programs import run_program
+from programs import private_mount, run_program
 
 import memodb
 from memodb.backends.zarr_loop import run
@@ -282,6 +282,44 @@ def test_compaction_removes_objects_of_dead_records_only(make, path):
         db.delete([3, 4, 5])
         db.compact()
         assert db.stats()["bytes_on_store"] == 0
+
+
+FILLING = """
+import os, sys, numpy as np, memodb
+from memodb.testing import assert_same_bytes, random_records
+
+path = sys.argv[1] + "/store"
+db = memodb.MemoDB.create(path, shape=(64, 1024), dtype="float32", backend="zarr", codec="none")
+model = {}
+for seed in range(1000):
+    values = random_records(5, (64, 1024), "float32", seed)
+    try:
+        ids = db.put(values)
+    except memodb.StoreFullError as error:
+        assert path in str(error), error
+        break
+    model.update(zip(ids.tolist(), values))
+else:
+    raise AssertionError("the file system never got full")
+assert len(model) >= 30, len(model)
+assert_same_bytes(db.multiget(sorted(model)), np.stack([model[i] for i in sorted(model)]))
+assert db.verify() == []
+db.close()
+db = memodb.MemoDB.open(path, mode="r+")
+left = [name for name in os.listdir(path + "/values") if name != "zarr.json"]
+assert len(left) == len(model), "what did not fit was removed"
+db.delete(sorted(model)[:10])
+assert db.compact() > 0
+ids = db.put(values)
+assert_same_bytes(db.multiget(ids), values)
+assert db.verify() == []
+print("done")
+"""
+
+
+def test_a_full_file_system(shm):
+    inside = private_mount(shm / "small", "tmpfs", "size=24m")
+    assert "done" in run_program(shm, FILLING, shm / "small", wrapper=inside)
 
 
 # What is missing or damaged
