@@ -1,8 +1,8 @@
 """The virtual-memory calls memodb lives on, and the only place that makes them.
 
-Thin, typed wrappers over mmap(2), munmap(2), madvise(2), mincore(2), statfs(2), statx(2) and PAGEMAP_SCAN. Addresses
-are plain integers; errors are `OSError` with the kernel's errno, for the rooms above to put into the caller's words.
-Constants are those of the Linux man pages.
+Thin, typed wrappers over mmap(2), munmap(2), madvise(2), mincore(2), statfs(2), statx(2), syncfs(2) and PAGEMAP_SCAN.
+Addresses are plain integers; errors are `OSError` with the kernel's errno, for the rooms above to put into the caller's
+words. Constants are those of the Linux man pages.
 """
 
 from __future__ import annotations
@@ -48,10 +48,10 @@ _libc.madvise.restype = ctypes.c_int
 _libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 _libc.mincore.restype = ctypes.c_int
 _libc.mincore.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p]
-_libc.syncfs.restype = ctypes.c_int
-_libc.syncfs.argtypes = [ctypes.c_int]
 _libc.statfs.restype = ctypes.c_int
 _libc.statfs.argtypes = [ctypes.c_char_p, ctypes.c_void_p]
+_libc.syncfs.restype = ctypes.c_int
+_libc.syncfs.argtypes = [ctypes.c_int]
 
 
 def _huge_page_size() -> int:

@@ -89,6 +89,7 @@ SHARED: dict[str, dict[str, Any]] = {
     "arena": {"segment_bytes": 1 << 20, "durability": "relaxed"},
     "files": {"durability": "relaxed"},
     "lmdb": {"durability": "none", "map_bytes": 1 << 20},
+    "zarr": {"durability": "relaxed"},
 }
 
 

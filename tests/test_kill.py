@@ -116,6 +116,7 @@ KINDS = {
     "one segment": {"segment_bytes": 1 << 30},
     "files": {"backend": "files"},
     "lmdb": {"backend": "lmdb", "map_bytes": 1 << 20},
+    "zarr": {"backend": "zarr", "shard_records": 4},
 }
 
 

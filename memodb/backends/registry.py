@@ -43,6 +43,7 @@ _BUILTIN: dict[str, tuple[str, str, str]] = {
     "arena": ("memodb.backends.arena", "ArenaBackend", "pip install memodb"),
     "files": ("memodb.backends.files", "FilesBackend", "pip install memodb"),
     "lmdb": ("memodb.backends.lmdb", "LmdbBackend", "pip install memodb"),
+    "zarr": ("memodb.backends.zarr", "ZarrBackend", "pip install memodb"),
     "memory": ("memodb.backends.memory", "MemoryBackend", "pip install memodb"),
 }
 
