@@ -53,7 +53,7 @@ _FACTS = {
     "descriptors": "descriptors in use after 400 gathers",
     "descriptors_limit_64": "the same, of 64 allowed",
     "gather_auto_ms_limit_64": "gather of 64 then, ms",
-    "own_memory_mib": "memory that opening and gathering took, MiB",
+    "own_memory_mib": "anonymous memory that opening and gathering took, MiB",
     "bytes_on_store": "bytes on the store",
     "bytes_catalog": "bytes of the catalog",
 }
