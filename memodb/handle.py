@@ -20,9 +20,9 @@ from memodb.backends.base import Locators, SupportsExtents, ValueBackend
 from memodb.catalog import Catalog
 from memodb.counters import Counters
 from memodb.errors import (
-    BackendNotFoundError,
     ClosedError,
     CorruptionError,
+    InvalidRecordError,
     MemoDBError,
     ReadOnlyError,
     StoreNotFoundError,
@@ -90,6 +90,8 @@ class Handle:
                 self._seen, state = self._catalog.backend_state()
                 self._backend.refresh(state)
         except BaseException:
+            if hasattr(self, "_backend"):
+                self._backend.close()
             self._catalog.close()
             raise
         self._indexes = IndexSet(
@@ -110,15 +112,20 @@ class Handle:
             spec = RecordSpec.of(stored["shape"], stored["dtype"])
             backend = registry.load(stored["backend"])
             return spec, backend(values, spec, stored["options"], writable=self._mode == "r+")
-        except (StoreNotFoundError, BackendNotFoundError):
-            raise
+        except MemoDBError as error:
+            if not isinstance(error, InvalidRecordError):  # of the settings: see below
+                raise
+            raise self._unusable(error) from error
         except FileNotFoundError as error:
             raise CorruptionError(f"{values} is missing ({error}); restore the store from a copy") from error
         except (LookupError, TypeError, ValueError) as error:
-            raise CorruptionError(
-                f"the settings of {self._path} cannot be used ({type(error).__name__}: {error}): they are damaged, or "
-                "another version of memodb wrote them; restore the store from a copy"
-            ) from error
+            raise self._unusable(error) from error
+
+    def _unusable(self, error: Exception) -> CorruptionError:
+        return CorruptionError(
+            f"the settings of {self._path} cannot be used ({type(error).__name__}: {error}): they are damaged, or "
+            "another version of memodb wrote them; restore the store from a copy"
+        )
 
     def close(self) -> None:
         """Close the store (a writer saves its large indexes first).

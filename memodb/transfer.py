@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 
 from memodb import arguments, layout
-from memodb.catalog import DELETED, LIVE
+from memodb.catalog import DELETED, LIVE, Catalog
 from memodb.checksum import record_checksums
 from memodb.database import MemoDB
-from memodb.errors import CorruptionError, InvalidOptionError, RecordNotFoundError, StoreExistsError
+from memodb.errors import CorruptionError, InvalidOptionError, MemoDBError, RecordNotFoundError, StoreExistsError
 
 #: Bytes of records read, written and read back at a time; rows of the catalog looked at together.
 _CHUNK_BYTES, _CHUNK_ROWS = 64 << 20, 1 << 17
@@ -73,7 +73,7 @@ def copy(
         If a record cannot be read or written. What was copied stays, to go on with.
     """
     source, target = arguments.as_path(src_path), arguments.as_path(dst_path)
-    if source in target.parents:
+    if source == target or source in target.parents:
         raise InvalidOptionError(f"a store cannot be copied into itself: {target} lies in {source}")
     if layout.MEMORY in (src_path, dst_path):
         raise InvalidOptionError(f"{layout.MEMORY!r} is a new store each time: it cannot be copied, nor kept a copy in")
@@ -112,19 +112,26 @@ def _destination(
             copy_of=asked,
         )
     except StoreExistsError:
-        dst = MemoDB._open(target, "r+", unfinished=True) if (target / layout.CATALOG / "data.mdb").exists() else None
-        if dst is None:
+        begun = _begun(target)
+        if begun is None:
             raise
-        begun = dst._catalog.settings.get("copy_of")
-        if begun and begun["uid"] == asked["uid"] and begun["asked"] == asked["asked"]:
-            return dst
-        dst.close()
-        if not begun:
-            raise
+    if begun["uid"] != asked["uid"] or begun["asked"] != asked["asked"]:
         raise StoreExistsError(
             f"{target} holds an unfinished copy of {begun['path']} that was begun with other arguments "
             f"([backend, index, max_bytes, options]: {begun['asked']}): go on with those, or remove the directory"
-        ) from None
+        )
+    return MemoDB._open(target, "r+", unfinished=True)
+
+
+def _begun(target: Path) -> dict[str, Any] | None:
+    """Return what an unfinished copy at `target` was begun with; None if there is something else."""
+    try:
+        catalog = Catalog(target / layout.CATALOG)
+    except MemoDBError:
+        return None
+    begun: dict[str, Any] | None = catalog.settings.get("copy_of")
+    catalog.close()
+    return begun
 
 
 def _copy_records(src: MemoDB, dst: MemoDB, progress: Progress | None, verify: bool) -> None:

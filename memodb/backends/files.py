@@ -26,7 +26,7 @@ from memodb.backends.descriptors import DESCRIPTORS, OpenFile
 from memodb.backends.keyed import KeyedBackend
 from memodb.backends.pages import LOOK_AGAIN, LOOK_AGAIN_SOON, measured_share, note
 from memodb.backends.writer import FileWriter
-from memodb.errors import StoreFullError
+from memodb.errors import StoreAccessError, StoreFullError
 from memodb.extents import Extents
 from memodb.record import RecordSpec
 from memodb.threads import CREW, MOST
@@ -36,6 +36,7 @@ _LEAF = (1 << _BITS) - 1
 #: Bytes on huge pages and groups erased, behind what every keyed backend remembers.
 _MORE = struct.Struct("<QQ")
 _FULL = {errno.ENOSPC, errno.ENOMEM, errno.EDQUOT, errno.EFBIG}
+_REFUSED = {errno.EACCES, errno.EPERM, errno.EROFS, errno.EMFILE, errno.ENFILE}
 #: Files that are looked at where pages are measured.
 _LOOKED_AT = 4
 
@@ -102,6 +103,12 @@ class FilesBackend(KeyedBackend):
                 os.makedirs(self._folder(leaf), exist_ok=True)
             CREW.share(work, len(files), MOST if values.nbytes >= vm.HUGE or len(files) > 16 else 1)
         except OSError as error:
+            if error.errno in _REFUSED:
+                DESCRIPTORS.clear()
+                raise StoreAccessError(
+                    f"{error.filename or self.path} cannot be made: {error.strerror}; nothing was stored: ask the "
+                    "store's owner for access, or raise the limit of open files (ulimit -n)"
+                ) from error
             if error.errno not in _FULL:
                 raise
             raise StoreFullError(
