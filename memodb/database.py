@@ -149,18 +149,23 @@ class MemoDB(Handle):
             **more,
         }
         with layout.access(where):
-            lock = layout.claim(where)
-        db = None
+            lock, made = layout.claim(where)
+        db, begun = None, False
         try:
             db = cls(where, "r+", lock, settings)
             db._throwaway = throwaway
+            db._backend.begin()
+            begun = True
             layout.sync(where)
             return db
         except BaseException:
-            layout.remove(where, keep=layout.LOCK)  # while nobody else can be making a store here
+            if db is not None and begun:
+                db._backend.remove()
+            layout.remove(where)  # while nobody else can be making a store here
             if db is not None:
                 db._shut()
             lock.release()
+            layout.remove_empty(made)
             raise
 
     @classmethod

@@ -425,6 +425,20 @@ class Environment:
                         raise
                 self._set_map(2 * int(self.handle.info()["map_size"]))
 
+    def settle(self) -> None:
+        """Let readers see what the file holds, before a writer goes by what they see.
+
+        LMDB commits by writing a page, and then tells readers of it in the lock file. A writer that is killed between
+        the two leaves a commit on the disk that nobody sees as long as another process keeps the lock file, and that
+        comes to light with the next writer, which takes the dead one's lock over. So that is done here.
+        """
+        with self._write_gate, self._translated(), suppress(lmdb.ReadonlyError):
+            try:
+                self.handle.begin(write=True).abort()
+            except lmdb.MapResizedError:
+                self._set_map(0)
+                self.handle.begin(write=True).abort()
+
     def flush(self) -> None:
         """Make everything committed durable, whatever `Kind.sync` and `Kind.metasync` say."""
         with self._write_gate, self._translated():

@@ -85,6 +85,7 @@ class Handle:
             # Asked once: looking at a Protocol takes longer than the rest of a small gather.
             self._extents = self._backend.extents if isinstance(self._backend, SupportsExtents) else None
             if mode == "r+":
+                self._catalog.settle()
                 self._backend.restore(self._catalog.backend_state()[1])
             else:  # segments that are not there are an error now, not at the first gather
                 self._seen, state = self._catalog.backend_state()
@@ -240,6 +241,7 @@ class Handle:
     def _restore(self) -> None:
         """Let the backend go back to what the catalog says is committed."""
         with self._lock:
+            self._catalog.settle()
             self._backend.restore(self._catalog.backend_state()[1])
             self._unrestored = False
 

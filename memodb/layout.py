@@ -8,12 +8,19 @@ import shutil
 import tempfile
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from memodb import vm
 from memodb.catalog import Catalog
-from memodb.errors import MemoDBError, StoreAccessError, StoreExistsError, StoreFullError, StoreNotFoundError
+from memodb.errors import (
+    InvalidOptionError,
+    MemoDBError,
+    StoreAccessError,
+    StoreExistsError,
+    StoreFullError,
+    StoreNotFoundError,
+)
 from memodb.lock import WriterLock
 
 CATALOG, VALUES, INDEX, LOCK = "catalog", "values", "index", "writer.lock"
@@ -22,8 +29,8 @@ MEMORY = ":memory:"
 OURS = {CATALOG, VALUES, INDEX, LOCK}
 
 
-def claim(path: Path) -> WriterLock:
-    """Make the directory of a new store and take its lock.
+def claim(path: Path) -> tuple[WriterLock, list[Path]]:
+    """Make the directory of a new store and take its lock; return that and the directories made, the innermost first.
 
     Raises
     ------
@@ -33,16 +40,40 @@ def claim(path: Path) -> WriterLock:
     exists = StoreExistsError(f"{path} exists already; open it with memodb.MemoDB.open, or choose another path")
     if path.exists() and not (path.is_dir() and _is_cut_off(path)):
         raise exists
-    missing = [folder for folder in path.parents if not folder.exists()]
-    path.mkdir(parents=True, exist_ok=True)
-    for folder in missing:
-        vm.sync_directory(folder.parent)
-    lock = WriterLock(path / LOCK)
+    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+    _require_outside(path)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        for folder in missing[1:]:
+            vm.sync_directory(folder.parent)
+        lock = WriterLock(path / LOCK)
+    except MemoDBError:
+        if missing and (path / LOCK).exists() and not (path / LOCK).stat().st_size:
+            (path / LOCK).unlink()  # made, and then there was no room for a word in it
+        remove_empty(missing)
+        raise
     if not _is_cut_off(path):  # somebody else's creation came first
         lock.release()
         raise exists
     remove(path, keep=LOCK)
-    return lock
+    return lock, missing
+
+
+def _require_outside(path: Path) -> None:
+    """Refuse a directory in another store, whatever links lead there."""
+    for folder in path.resolve().parents:
+        if (folder / CATALOG / "data.mdb").exists():
+            raise InvalidOptionError(
+                f"{path} lies in the store {folder}, which owns its directory: choose a path outside (a store cannot "
+                "be copied into itself either)"
+            )
+
+
+def remove_empty(folders: list[Path]) -> None:
+    """Remove directories that a creation made, the innermost first, unless something is in them."""
+    for folder in folders:
+        with suppress(OSError):
+            folder.rmdir()
 
 
 def _is_cut_off(path: Path) -> bool:

@@ -83,6 +83,8 @@ class WriterLock:
                 ) from error
             try:
                 lock_bytes(fd, fcntl.F_WRLCK, 0, 0)
+                if not _is_at(fd, path):  # a creation that failed removed it meanwhile
+                    raise BlockingIOError(errno.EAGAIN, "the file was removed")
                 os.ftruncate(fd, 0)
                 os.pwrite(fd, f"{self._pid}\n".encode(), 0)
             except OSError as error:
@@ -103,6 +105,13 @@ class WriterLock:
                 _held.discard(self._fd)
                 os.close(self._fd)
                 self._fd = -1
+
+
+def _is_at(fd: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(fd), os.stat(path))
+    except FileNotFoundError:
+        return False
 
 
 def _locked(path: Path, holder: bytes) -> WriterLockedError:

@@ -73,7 +73,7 @@ def copy(
         If a record cannot be read or written. What was copied stays, to go on with.
     """
     source, target = arguments.as_path(src_path), arguments.as_path(dst_path)
-    if source == target or source in target.parents:
+    if source.resolve() in (target.resolve(), *target.resolve().parents):
         raise InvalidOptionError(f"a store cannot be copied into itself: {target} lies in {source}")
     if layout.MEMORY in (src_path, dst_path):
         raise InvalidOptionError(f"{layout.MEMORY!r} is a new store each time: it cannot be copied, nor kept a copy in")
@@ -87,7 +87,7 @@ def copy(
                 dst._backend.remove()
                 shutil.rmtree(target, ignore_errors=True)
             raise
-        dst._catalog.change_settings(copy_of=None)
+        dst._catalog.change_settings(copy_of=None, copied_from=dst._catalog.settings["copy_of"])
 
 
 def _destination(
@@ -111,8 +111,10 @@ def _destination(
             options,
             copy_of=asked,
         )
-    except StoreExistsError:
-        begun = _begun(target)
+    except StoreExistsError as error:
+        begun, done = _begun(target)
+        if done is not None and done["uid"] == asked["uid"]:
+            raise StoreExistsError(f"{target} is a finished copy of {done['path']}: nothing is left to do") from error
         if begun is None:
             raise
     if begun["uid"] != asked["uid"] or begun["asked"] != asked["asked"]:
@@ -123,15 +125,15 @@ def _destination(
     return MemoDB._open(target, "r+", unfinished=True)
 
 
-def _begun(target: Path) -> dict[str, Any] | None:
-    """Return what an unfinished copy at `target` was begun with; None if there is something else."""
+def _begun(target: Path) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
+    """Return what a copy at `target` was begun with, and what it was when it was finished; None each if it was not."""
     try:
         catalog = Catalog(target / layout.CATALOG)
     except MemoDBError:
-        return None
-    begun: dict[str, Any] | None = catalog.settings.get("copy_of")
+        return None, None
+    settings = catalog.settings
     catalog.close()
-    return begun
+    return settings.get("copy_of"), settings.get("copied_from")
 
 
 def _copy_records(src: MemoDB, dst: MemoDB, progress: Progress | None, verify: bool) -> None:

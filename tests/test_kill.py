@@ -5,6 +5,7 @@
 
 import os
 import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 
 import memodb
+from memodb.testing import random_records
 
 KILLS = int(os.environ.get("MEMODB_KILLS", "5"))
 
@@ -118,6 +120,60 @@ KINDS = {
     "lmdb": {"backend": "lmdb", "map_bytes": 1 << 20},
     "zarr": {"backend": "zarr", "shard_records": 4},
 }
+
+
+AT_A_WRITE = """
+import os, sys
+import memodb
+from memodb.testing import random_records
+
+with memodb.MemoDB.open(sys.argv[1], mode="r+") as db:
+    number = int(sys.argv[2])
+    os.write(2, b"")  # a mark for the trace: what follows is the put
+    db.put(random_records(3, (2, 1024), "float32", number), namespace=str(number))
+"""
+
+
+@pytest.mark.parametrize("backend", ["arena", "files", "lmdb", "zarr"])
+@pytest.mark.parametrize("call", ["pwrite64", "fdatasync"])
+def test_killed_right_after_a_write_while_somebody_reads(disk, peer, backend, call):
+    """Killed after its N-th write or flush, for each N: what it committed is there as a whole, or not at all.
+
+    Another process has the store open all the time, so LMDB's lock file, which tells what was committed last, is not
+    made anew: a commit that reached the disk a moment before the kill must not be overwritten by the next put.
+    """
+    if shutil.which("strace") is None:
+        pytest.skip("strace, which kills at a given call, is not installed")
+    path = disk / "store"
+    with memodb.MemoDB.create(path, shape=(2, 1024), dtype="float32", backend=backend) as db:
+        db.put(random_records(3, (2, 1024), "float32", 999))
+    reader = peer()
+    reader.ask("open", path=str(path))
+    model, killed = dict.fromkeys(range(3), ("", 999)), 0
+    for nth in range(1, 60):
+        trace = ["strace", "-f", "-qq", "-e", f"trace={call}", "-o", "/dev/null"]
+        # SIGKILL would come before the call is made; this comes after it, and Python has no handler for it.
+        inject = ["-e", f"inject={call}:signal=SIGTERM:when={nth}"]
+        done = subprocess.run([*trace, *inject, sys.executable, "-c", AT_A_WRITE, path, str(nth)], capture_output=True)
+        killed += done.returncode in (-signal.SIGTERM, 128 + signal.SIGTERM)
+        with memodb.MemoDB.open(path, mode="r+") as db:
+            found = db.ids(str(nth)).tolist()
+            assert found == [] or found == list(range(max(model) + 1, max(model) + 4))
+            assert found or done.returncode != 0, "it was acknowledged"
+            model.update((i, (str(nth), nth)) for i in found)
+            ids = db.put(random_records(3, (2, 1024), "float32", 100 + nth), namespace=f"next {nth}").tolist()
+            assert ids == list(range(max(model) + 1, max(model) + 4)), "ids go on where the catalog is"
+            model.update((i, (f"next {nth}", 100 + nth)) for i in ids)
+            assert db.verify() == []
+            for i in [*found[:1], ids[0]]:
+                expected = random_records(3, (2, 1024), "float32", model[i][1])
+                assert np.array_equal(db.multiget([i, i + 1, i + 2]).view(np.uint8), expected.view(np.uint8))
+        assert reader.ask("ids") == sorted(model)
+        if done.returncode == 0:
+            break
+    assert done.returncode == 0, done.stderr
+    assert killed >= 1
+    assert reader.ask("verify") == []
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -23,7 +23,7 @@ from memodb import vm
 from memodb.backends import dax
 from memodb.backends.base import Locators, Usage, ValueBackend, Values, Victim, take_options
 from memodb.backends.pages import note
-from memodb.backends.place import Place, is_writable_directory, own_directory
+from memodb.backends.place import Place, is_writable_directory, own_directory, require_outside
 from memodb.backends.segment import SegmentFile
 from memodb.errors import CorruptionError
 from memodb.extents import Extents
@@ -46,6 +46,8 @@ def _segment_bytes(spec: RecordSpec, room: int) -> int:
     return min(max(wanted, spec.nbytes), 1 << 40)
 
 
+#: Compaction: bytes of a run that is worth an append of its own, and how many bytes of shorter ones make one.
+_LONG_RUN, _TOGETHER = 4 << 20, 32 << 20
 #: Up to so many records Python sorts out segments sooner than numpy, whose code and tables are cold in a busy program.
 _FEW = 256
 
@@ -124,6 +126,14 @@ class ArenaBackend(ValueBackend):
         return taken
 
     # --- writing ---
+
+    def begin(self) -> None:
+        """See that segments elsewhere lie in no store, and can be made there."""
+        if self.options["segments_path"] is None:
+            return
+        require_outside(self._place.directory, self.path.parent, "segments_path")
+        self._place.make()
+        self._place.directory.rmdir()  # it comes with the first segment: a store without records leaves nothing
 
     def append(self, values: Values) -> Locators:
         """Write records behind the last one, into as many segments as they need (see `ValueBackend.append`)."""
@@ -310,7 +320,14 @@ class ArenaBackend(ValueBackend):
             records = self._segment(token).view((int(slots.max()) + 1) * self.spec.nbytes)
             records = records.reshape(-1, self.spec.nbytes)
             bounds = np.flatnonzero(np.diff(slots) != 1) + 1
-            moved = np.concatenate([self.append(records[run[0] : run[-1] + 1]) for run in np.split(slots, bounds)])
+            if len(slots) * self.spec.nbytes < _LONG_RUN * (len(bounds) + 1):
+                # Short runs are brought together first: an append costs as much as many of them.
+                step = max(1, _TOGETHER // self.spec.nbytes)
+                moved = np.concatenate(
+                    [self.append(records[slots[start : start + step]]) for start in range(0, len(slots), step)]
+                )
+            else:
+                moved = np.concatenate([self.append(records[run[0] : run[-1] + 1]) for run in np.split(slots, bounds)])
         self._table = self._table[self._table["number"] != token]
         return moved
 

@@ -5,6 +5,7 @@ Who writes one starts from `memodb.backends.keyed.KeyedBackend`, which leaves fo
 
 from __future__ import annotations
 
+import os
 import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
@@ -119,6 +120,9 @@ class ValueBackend(ABC):
             For an option that the backend does not have, or a value that it cannot use.
         """
         return take_options(cls.name, options, {})
+
+    def begin(self) -> None:  # noqa: B027 - most backends make what they need with the first put
+        """Claim the place of a new store: called once, when its catalog is there. An error undoes the creation."""
 
     @abstractmethod
     def append(self, values: Values) -> Locators:
@@ -238,6 +242,10 @@ def take_options(
     taken = {}
     for name, (default, good, expected) in known.items():
         value = given.get(name, default)
+        if isinstance(value, (np.integer, np.bool_, np.floating)):
+            value = value.item()
+        elif isinstance(value, os.PathLike):
+            value = os.fspath(value)
         if not good(value):
             raise InvalidOptionError(f"option {name}={value!r} of backend {backend!r}: expected {expected}")
         taken[name] = value

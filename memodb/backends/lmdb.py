@@ -298,6 +298,8 @@ class LmdbBackend(KeyedBackend):
             self._turn_to(generation)
             self._remove_folder(self._folder(generation))
         elif self._data().exists():
+            with self._opened() as env:
+                env.settle()
             self.erase(self.numbers(self.next))
             with self._opened() as env:
                 env.trim()

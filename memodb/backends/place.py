@@ -9,7 +9,7 @@ import shutil
 from pathlib import Path
 
 from memodb import vm
-from memodb.errors import StoreAccessError, StoreFullError, StoreNotFoundError
+from memodb.errors import InvalidOptionError, StoreAccessError, StoreFullError, StoreNotFoundError
 
 
 class Place:
@@ -67,7 +67,10 @@ class Place:
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise StoreFullError(f"no room for {self.directory}: {error.strerror}; free space there") from error
-            raise
+            raise StoreAccessError(
+                f"{self.directory}, where the records of {self._store} shall lie, cannot be made: {error.strerror}; "
+                "ask for access, or choose another segments_path"
+            ) from error
         if not self.system.in_memory:
             vm.sync_directory(self.directory.parent)
 
@@ -78,6 +81,23 @@ class Place:
     def remove(self) -> None:
         """Remove the directory and all segments."""
         shutil.rmtree(self.directory, ignore_errors=True)
+
+
+def require_outside(directory: Path, own: Path, option: str) -> None:
+    """Make sure that a directory for records lies in no store, its own included, whatever links lead there.
+
+    Raises
+    ------
+    InvalidOptionError
+        If it does; the message names the option that it was given by.
+    """
+    real = directory.resolve()
+    for folder in (real, *real.parents):
+        if folder == own.resolve() or (folder / "catalog" / "data.mdb").exists():
+            raise InvalidOptionError(
+                f"{option}={str(directory)!r} lies in the store {folder}: records kept elsewhere need a directory "
+                "outside of any store"
+            )
 
 
 def is_writable_directory(path: object) -> bool:

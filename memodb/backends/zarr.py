@@ -16,10 +16,18 @@ import numpy as np
 from memodb import vm
 from memodb.backends.base import Locators, Usage, Values, Victim
 from memodb.backends.keyed import KeyedBackend
+from memodb.backends.place import require_outside
 from memodb.backends.zarr_codecs import Coding
 from memodb.backends.zarr_options import check
 from memodb.backends.zarr_url import Target, choose_client, parse_storage_options, parse_url
-from memodb.errors import CorruptionError, InvalidOptionError, StoreAccessError, StoreExistsError, StoreNotFoundError
+from memodb.errors import (
+    CorruptionError,
+    InvalidOptionError,
+    MemoDBError,
+    StoreAccessError,
+    StoreExistsError,
+    StoreNotFoundError,
+)
 from memodb.record import RecordSpec
 
 if TYPE_CHECKING:
@@ -118,6 +126,23 @@ class ZarrBackend(KeyedBackend):
 
     # --- writing ---
 
+    def begin(self) -> None:
+        """Make the array of a new store whose records go elsewhere, so that no other store takes its place."""
+        target = self._place.target
+        if self.options["url"] is None:
+            return
+        if target.kind == "local":
+            require_outside(Path(target.where), self.path.parent, "url")
+        try:
+            self._array.make(0)
+        except MemoDBError:
+            raise
+        except OSError as error:
+            raise StoreAccessError(
+                f"no array can be made at {self._place}: {error.strerror}; choose another url, or ask for access"
+            ) from error
+        self._open_array()
+
     def append(self, values: Values) -> Locators:
         """Write records as the next rows, from the beginning of an object on (see `ValueBackend.append`)."""
         self.next = vm.round_up(self.next, self._array.per_object)
@@ -128,7 +153,7 @@ class ZarrBackend(KeyedBackend):
         rows = self._coding.encode(values)
         first = int(numbers[0])
         # Before the rows: then what a crash leaves of them lies within the array, where the next writer finds it.
-        if self._array.opened:
+        if self._array.opened or self._array.open(repair=False):
             self._array.resize(first + len(rows))
         else:
             self._array.make(first + len(rows))
@@ -322,6 +347,6 @@ def _require_nothing(target: Target, options: Mapping[str, Any]) -> None:
         place.close()
     if found:
         raise StoreExistsError(
-            f"there is {found} at {place} already, and nothing of it was touched: choose another url, or open the "
+            f"found {found} at {place} already, and nothing of it was touched: choose another url, or open the "
             "store that it belongs to"
         )

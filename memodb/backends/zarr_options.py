@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,6 +18,7 @@ _LEVELS: dict[str, tuple[int | None, range]] = {
     "zstd": (1, range(-7, 23)),
     "blosc": (5, range(10)),
 }
+_LARGEST = sys.float_info.max
 #: Bytes that blosc can compress at once.
 _BLOSC_MOST = (1 << 31) - 17
 
@@ -27,7 +28,8 @@ def _is_count(value: Any) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)
+    # Compared first: an int may be too large for a float.
+    return type(value) in (int, float) and -_LARGEST < value < _LARGEST
 
 
 #: name -> (default, test, what is expected), for `take_options`; some depend on each other, and are looked at after.

@@ -74,6 +74,10 @@ class Catalog:
         """Let the environment go."""
         self._env.release()
 
+    def settle(self) -> None:
+        """Writer: see what a killed writer committed last, before anything is thrown away that it may name."""
+        self._env.settle()
+
     def renew_locks(self) -> None:
         """Take fresh locks (in a forked child)."""
         self._rows.renew_lock()

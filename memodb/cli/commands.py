@@ -12,8 +12,18 @@ import memodb
 from memodb.cli.output import plain, print_facts, print_json, print_table, progress_bar, readable_bytes
 
 
+def _require_lasting(arguments: argparse.Namespace) -> None:
+    for backend in memodb.available_backends():
+        if backend.name == arguments.backend and not backend.abilities.get("shared", True):
+            raise memodb.InvalidOptionError(
+                f"backend {backend.name!r} keeps records in the memory of one process, and this one ends with the "
+                "command: choose another backend"
+            )
+
+
 def create(arguments: argparse.Namespace) -> int:
     """Make an empty store."""
+    _require_lasting(arguments)
     with memodb.MemoDB.create(
         arguments.path,
         shape=arguments.shape,
@@ -52,6 +62,7 @@ def verify(arguments: argparse.Namespace) -> int:
 
 def copy(arguments: argparse.Namespace) -> int:
     """Copy a store."""
+    _require_lasting(arguments)
     with progress_bar("copy") as progress:
         try:
             memodb.copy(

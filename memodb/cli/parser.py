@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import inspect
 import re
 from typing import Any
 
@@ -10,6 +11,15 @@ import memodb
 from memodb.cli import bench, commands
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
+
+
+#: What `MemoDB.create` and `memodb.copy` take beside the options of a backend.
+_ARGUMENTS = {
+    parameter
+    for function in (memodb.MemoDB.create, memodb.copy)
+    for parameter in inspect.signature(function).parameters
+    if parameter not in ("options", "backend_options")
+} | {"cls"}
 
 
 def shape(text: str) -> tuple[int, ...]:
@@ -49,15 +59,22 @@ def vector(text: str) -> list[float]:
 def option(text: str) -> tuple[str, Any]:
     """Parse ``name=value``; the value is an integer, a float, true, false or else the text itself."""
     name, equals, value = text.partition("=")
-    if not equals or not name.isidentifier():
-        raise argparse.ArgumentTypeError(f"{text!r} is no option: write name=value")
+    if not equals or not name.isidentifier() or name in _ARGUMENTS:
+        why = "is an argument of the command itself" if name in _ARGUMENTS else "write name=value"
+        raise argparse.ArgumentTypeError(f"{text!r} is no option of a backend: {why}")
     if value.lower() in ("true", "false"):
         return name, value.lower() == "true"
-    for kind in (int, float):
-        try:
-            return name, kind(value)
-        except ValueError:
-            continue
+    try:
+        return name, int(value)
+    except ValueError:
+        pass
+    try:
+        number = float(value)
+        return name, int(number) if "e" in value.lower() and number.is_integer() else number
+    except ValueError:
+        pass
+    if re.fullmatch(r"\d+(\.\d+)? ?[kKmMgGtT]i?[bB]", value):
+        return name, size(value)
     return name, value
 
 
