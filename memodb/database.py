@@ -127,7 +127,7 @@ class MemoDB(Handle):
         **more: Any,
     ) -> Self:
         """Make a store (see `create`); `more` are settings of `memodb.transfer`."""
-        volatile = path == layout.MEMORY
+        volatile = layout.is_memory(path)
         if backend is None:
             backend = "memory" if volatile else "arena"
         spec = RecordSpec.of(shape, dtype)
@@ -188,7 +188,7 @@ class MemoDB(Handle):
         FormatVersionError, CorruptionError, StoreAccessError
             If the store cannot be read.
         """
-        if path == layout.MEMORY:
+        if layout.is_memory(path):
             raise StoreNotFoundError(
                 f"{layout.MEMORY!r} is a new store each time: it is reached by the handle that create() returned, and, "
                 "in the same process, by that handle's path"
@@ -346,7 +346,8 @@ class MemoDB(Handle):
     def _rewrite(self, victim: Victim, locators: Locators) -> Locators:
         try:
             moved = self._backend.rewrite(victim.token, locators)
-            self._backend.sync()
+            if len(moved):
+                self._backend.sync()
         except StoreFullError as error:
             raise StoreFullError(
                 f"compacting {self._path} needs room for the live records of one part at a time, now for "
@@ -596,8 +597,8 @@ class MemoDB(Handle):
         """Return what the store holds and what this handle did: a JSON-able dict."""
         self._check_open()
         next_id, live = self._catalog.counters()
-        if self._mode == "r":
-            self._backend.refresh(self._catalog.backend_state()[1])
+        if self._mode == "r" and self._backend.refresh(self._catalog.backend_state()[1]):
+            forget_pages()
         usage = self._backend.usage()
         return {
             "path": os.fspath(self._path),

@@ -84,7 +84,7 @@ class Environment:
         self._write_gate = threading.RLock()
         # Short reads hold their gate. Long ones only pass it and are counted, so that they run side by side.
         self._quiet = threading.Condition(self._read_gate)
-        self._long_reads = 0
+        self._long_reads: set[object] = set()
         self._wanted_alone = 0
         self._env: lmdb.Environment | None = None
         self._guard = -1
@@ -348,7 +348,7 @@ class Environment:
         Whatever needs the process to be without transactions (a fork, a larger map) waits for its end, and so must not
         be begun inside. Nor may the environment be closed meanwhile: `hold` it.
         """
-        begun = None
+        mark, begun = object(), None
         with self._translated():
             try:
                 while begun is None:
@@ -356,18 +356,20 @@ class Environment:
                         with self._read_gate:
                             while self._wanted_alone or self._forking:
                                 self._quiet.wait()
+                            # A set and not a count: an interrupt may come between any two of these.
+                            self._long_reads.add(mark)
                             begun = self.handle.begin(buffers=True)
-                            self._long_reads += 1
                             self._hold_reader()
                     except lmdb.MapResizedError:
+                        self._long_reads.discard(mark)
                         self._set_map(0)
                 yield begun
             finally:
-                if begun is not None:
-                    with self._read_gate:
+                with self._read_gate:
+                    if begun is not None:
                         begun.abort()
-                        self._long_reads -= 1
-                        self._quiet.notify_all()
+                    self._long_reads.discard(mark)
+                    self._quiet.notify_all()
 
     @contextmanager
     def write(self, *, grows: bool = False, more: int = 0) -> Iterator[lmdb.Transaction]:

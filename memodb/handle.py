@@ -248,9 +248,10 @@ class Handle:
     def _source(self, locators: Locators, seen: int) -> Source:
         """Return where records come from whose locators were looked up in transaction `seen`."""
         if self._mode == "r" and seen != self._seen:
-            self._seen, state = self._catalog.backend_state()
+            number, state = self._catalog.backend_state()
             if self._backend.refresh(state):
                 forget_pages()
+            self._seen = number  # only now: another thread must not pass by before the backend knows
         if self._extents is not None:
             return self._extents(locators)
         backend = self._backend
@@ -258,7 +259,7 @@ class Handle:
 
     def _gathered(self, ids: np.ndarray[Any, np.dtype[np.int64]], gather: Callable[[Source], T]) -> T:
         """Look records up and gather them; again, where they were moved or removed between the two."""
-        tried = None
+        tried: tuple[bytes, bytes] | None = None
         while True:
             seen = self._catalog.transaction()
             locators = self._catalog.locators(ids, seen)
@@ -267,13 +268,15 @@ class Handle:
             except FileNotFoundError as error:
                 if isinstance(error, MemoDBError):
                     raise
-                # Compaction in another process may have come in between; without a commit it was not that.
-                if self._catalog.transaction() == seen or (tried is not None and np.array_equal(tried, locators)):
+                # Compaction in another process may have come in between; without a commit it was not that, nor if
+                # neither the records nor what the backend committed changed from one look to the next.
+                looked = locators.tobytes(), self._catalog.backend_state()[1]
+                if self._catalog.transaction() == seen or tried == looked:
                     raise CorruptionError(
                         f"what holds records of {self._path} is missing ({error}); restore the store from a copy, or "
                         "delete what verify() names"
                     ) from error
-                tried = locators
+                tried = looked
 
 
 #: Errors of a full process, not of the device.

@@ -29,6 +29,11 @@ MEMORY = ":memory:"
 OURS = {CATALOG, VALUES, INDEX, LOCK}
 
 
+def is_memory(path: object) -> bool:
+    """Tell whether a path, also as a `Path`, is that of a store that is not kept."""
+    return isinstance(path, (str, os.PathLike)) and os.fspath(path) == MEMORY
+
+
 def claim(path: Path) -> tuple[WriterLock, list[Path]]:
     """Make the directory of a new store and take its lock; return that and the directories made, the innermost first.
 
@@ -143,7 +148,10 @@ def sync(path: Path) -> None:
 
 
 class Throwaway:
-    """The directory of a store that is gone when it is closed, or when the process ends (path ``":memory:"``)."""
+    """The directory of a store that is gone when it is closed, or when the process ends (path ``":memory:"``).
+
+    A process that is killed leaves it, with the catalog; in /dev/shm, so until the machine is started again.
+    """
 
     def __init__(self) -> None:
         shm = Path("/dev/shm")

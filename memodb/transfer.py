@@ -27,6 +27,10 @@ Ids = np.ndarray[Any, np.dtype[np.int64]]
 Progress = Callable[[int, int], None]
 
 
+class _NotKeptError(CorruptionError):
+    """The copy does not hold what was written to it."""
+
+
 def copy(
     src_path: str | os.PathLike[str],
     dst_path: str | os.PathLike[str],
@@ -73,16 +77,18 @@ def copy(
         If a record cannot be read or written. What was copied stays, to go on with.
     """
     source, target = arguments.as_path(src_path), arguments.as_path(dst_path)
-    if source.resolve() in (target.resolve(), *target.resolve().parents):
+    if source.resolve() in target.resolve().parents:
         raise InvalidOptionError(f"a store cannot be copied into itself: {target} lies in {source}")
-    if layout.MEMORY in (src_path, dst_path):
+    if layout.is_memory(src_path) or layout.is_memory(dst_path):
         raise InvalidOptionError(f"{layout.MEMORY!r} is a new store each time: it cannot be copied, nor kept a copy in")
     with MemoDB.open(source) as src, _destination(src, target, backend, index, max_bytes, options) as dst:
         try:
             _copy_records(src, dst, progress, verify)
+        except _NotKeptError:
+            raise
         except BaseException as error:
             if dst._catalog.counters()[0]:
-                error.add_note(f"what was copied stays in {target}: the same call goes on from there")
+                error.add_note(f"what was copied stays in {target}: asking for the same again goes on from there")
             else:  # nothing to go on with
                 dst._backend.remove()
                 shutil.rmtree(target, ignore_errors=True)
@@ -139,14 +145,21 @@ def _begun(target: Path) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
 def _copy_records(src: MemoDB, dst: MemoDB, progress: Progress | None, verify: bool) -> None:
     end = src._catalog.counters()[0]
     start = dst._catalog.counters()[0]
+    step = max(1, _CHUNK_BYTES // src.spec.nbytes)
+    unit = dst._backend.unit  # whole objects, where records share one
+    step = max(unit, step // unit * unit)
     if start:
         copied = dst.ids()
-        dst.delete(copied[~src._catalog.is_live(copied)])  # deleted over there since
+        gone = ~src._catalog.is_live(copied)
+        dst.delete(copied[gone])  # deleted over there since
+        # A kill may have come between a part's commit and its reading back, and a part that did not come back stays.
+        for first in range(0, len(copied) if verify else 0, step):
+            _read_back(dst, copied[~gone][first : first + step])
     total = len(src)
     while start < end:
         ids = np.arange(start, min(end, start + _CHUNK_ROWS))
         states = src._catalog.rows(ids)["state"]
-        enough = np.searchsorted(np.cumsum(states == LIVE), max(1, _CHUNK_BYTES // src.spec.nbytes))
+        enough = np.searchsorted(np.cumsum(states == LIVE), step)
         ids = ids[: enough + 1]
         while not _copy_part(src, dst, ids, verify):
             pass
@@ -195,7 +208,7 @@ def _read_back(dst: MemoDB, ids: Ids) -> None:
     with dst.multiget_mapped(ids) as batch:
         wrong = ids[record_checksums(batch.numpy()) != dst._catalog.rows(ids)["checksum"]]
     if len(wrong):
-        raise CorruptionError(
+        raise _NotKeptError(
             f"record {wrong[0]} does not come back from {dst.path} as it was written ({len(wrong)} such records): what "
             "holds that store fails; remove the copy, and make it elsewhere"
         )

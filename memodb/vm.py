@@ -311,20 +311,19 @@ def sync_directory(path: str | os.PathLike[str]) -> None:
         os.close(fd)
 
 
-def sync_filesystem(path: str | os.PathLike[str]) -> None:
-    """Make everything durable that was written to the file system that holds `path` (syncfs(2)).
+def sync_filesystem(fd: int) -> None:
+    """Make everything durable that was written to the file system of an open file or directory (syncfs(2)).
+
+    The kernel tells each descriptor of those failures only that came after it was opened: so it has to be opened before
+    what is to be made durable is written.
 
     Raises
     ------
     OSError
         EIO, ENOSPC: something of it could not be written (Linux 5.8 and later tell).
     """
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        if _libc.syncfs(fd) != 0:
-            raise _fail(f"syncfs({os.fspath(path)})")
-    finally:
-        os.close(fd)
+    if _libc.syncfs(fd) != 0:
+        raise _fail("syncfs")
 
 
 class Span:

@@ -102,7 +102,7 @@ memodb.copy(source, copy, backend=backend, progress=progress)
 """
 
 
-@pytest.mark.parametrize("backend", ["arena", "files"])
+@pytest.mark.parametrize("backend", ["arena", "files", "lmdb", "zarr"])
 @pytest.mark.parametrize("stop", [8, 31])
 def test_a_killed_copy_goes_on_where_it_stopped(source, disk, monkeypatch, backend, stop):
     """SIGKILL in the middle; then records of the source are deleted and put; the same call makes them equal."""
@@ -155,6 +155,39 @@ def test_what_does_not_come_back_is_noticed(source, disk, monkeypatch):
         memodb.copy(source, disk / "copy", backend="files")
     with pytest.raises(memodb.StoreNotFoundError, match="unfinished"):
         memodb.MemoDB.open(disk / "copy")
+    monkeypatch.undo()
+    with pytest.raises(memodb.CorruptionError, match="does not come back"):
+        memodb.copy(source, disk / "copy", backend="files")
+    with pytest.raises(memodb.StoreNotFoundError, match="unfinished"):
+        memodb.MemoDB.open(disk / "copy")
+
+
+def test_a_finished_copy_says_so(source, disk):
+    memodb.copy(source, disk / "copy")
+    with pytest.raises(memodb.StoreExistsError, match="finished copy"):
+        memodb.copy(source, disk / "copy")
+
+
+def test_a_store_is_not_copied_into_itself_through_a_link(source, disk):
+    (disk / "link").symlink_to(source)
+    (disk / "values").symlink_to(source / "values")
+    for target in (disk / "link" / "copy", disk / "values" / "copy"):
+        with pytest.raises(memodb.InvalidOptionError, match="into itself"):
+            memodb.copy(source, target)
+        assert not target.exists()
+    for options in ({"backend": "zarr", "url": str(disk / "link" / "deep")}, {"segments_path": str(disk / "values")}):
+        with pytest.raises(memodb.InvalidOptionError, match="lies in the store"):
+            memodb.copy(source, disk / "copy", **options)
+        assert not (disk / "copy").exists()
+
+
+def test_a_copy_fills_whole_shards(source, disk, monkeypatch):
+    monkeypatch.setattr("memodb.transfer._CHUNK_BYTES", 10 * VALUES[0].nbytes)
+    memodb.copy(source, disk / "copy", backend="zarr", shard_records=8)
+    assert_equal_stores(source, disk / "copy")
+    import zarr
+
+    assert zarr.open_array(disk / "copy" / "values", mode="r").shape[0] == len(LEFT)
 
 
 def test_throwaway_stores_are_not_copied(source):

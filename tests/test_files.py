@@ -1,7 +1,9 @@
 """The backend "files": one file a record, few descriptors, one flush a put."""
 
+import contextlib
 import os
 import shutil
+import threading
 
 import numpy as np
 import pytest
@@ -152,7 +154,7 @@ def test_a_reader_that_looked_before_the_compaction(make_files, path, monkeypatc
 
 
 @pytest.mark.parametrize("strategy", ["map", "copy"])
-@pytest.mark.parametrize("harm", ["missing", "truncated"])
+@pytest.mark.parametrize("harm", ["missing", "truncated", "a link"])
 def test_damaged_files(make_files, path, harm, strategy):
     values = random_records(3, SMALL, "float32")
     with make_files(shape=SMALL) as db:
@@ -160,8 +162,11 @@ def test_damaged_files(make_files, path, harm, strategy):
     victim = path / "values" / "000000" / "000" / "001"
     if harm == "missing":
         victim.unlink()
+    elif harm == "a link":
+        victim.unlink()
+        victim.symlink_to("000")
     else:
-        os.truncate(victim, 0 if strategy == "map" else 100)
+        os.truncate(victim, 100)
     with memodb.MemoDB.open(path) as db:
         with pytest.raises(memodb.CorruptionError, match=r"verify\(\)|restore"):
             db.multiget_mapped([0, 1, 2], strategy=strategy)
@@ -220,3 +225,80 @@ def test_records_can_be_replaced_by_links(make_files, path, shm):
         shutil.copy(path / name, shm / "other" / name)
     with memodb.MemoDB.open(shm / "other") as db:
         assert_same_bytes(db.multiget([1, 0]), values[::-1])
+
+
+def test_no_room_at_the_flush_is_no_device_failure(disk, monkeypatch):
+    """As NFS and quotas have it: the put is undone, and the writer goes on."""
+    import errno
+
+    values = random_records(2, SMALL, "float32")
+    with memodb.MemoDB.create(disk / "store", shape=SMALL, dtype="float32", backend="files") as db:
+        monkeypatch.setattr(vm, "sync_filesystem", lambda fd: (_ for _ in ()).throw(OSError(errno.EDQUOT, "quota")))
+        with pytest.raises(memodb.StoreFullError, match="quota"):
+            db.put(values)
+        monkeypatch.undo()
+        assert files_of(disk / "store") == []
+        assert_same_bytes(db.multiget(db.put(values)), values)
+
+
+def test_the_flush_comes_before_the_commit(disk, monkeypatch):
+    """When records are flushed, nobody knows of them yet."""
+    with memodb.MemoDB.create(disk / "store", shape=SMALL, dtype="float32", backend="files") as db:
+        seen, sync = [], vm.sync_filesystem
+        monkeypatch.setattr(
+            vm, "sync_filesystem", lambda fd: (seen.append((len(db), len(files_of(disk / "store")))), sync(fd))
+        )
+        db.put(random_records(3, SMALL, "float32"))
+        assert seen == [(0, 3)]
+
+
+def test_a_put_under_the_descriptor_limit(shm):
+    assert run_program(shm, PUT_AT_THE_LIMIT, shm) == "ok\n"
+
+
+PUT_AT_THE_LIMIT = """
+import os, resource, sys, memodb
+from memodb.testing import assert_same_bytes, random_records
+
+values = random_records(200, (1024,), "float32")
+with memodb.MemoDB.create(sys.argv[1] + "/store", shape=(1024,), dtype="float32", backend="files") as db:
+    resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
+    db.multiget(db.put(values))
+    taken = []
+    try:
+        while True:
+            taken.append(os.open("/dev/null", os.O_RDONLY))
+    except OSError:
+        pass
+    ids = db.put(values)  # what the store keeps open is let go of
+    for fd in taken:
+        os.close(fd)
+    assert_same_bytes(db.multiget(ids), values)
+print("ok")
+"""
+
+
+def test_closing_while_others_gather_leaves_nothing_open(shm):
+    """Threads that come too late open for themselves alone."""
+    values = random_records(64, SMALL, "float32")
+    path = shm / "store"
+    with memodb.MemoDB.create(path, shape=SMALL, dtype="float32", backend="files") as db:
+        ids = db.put(values)
+    for _ in range(10):
+        db = memodb.MemoDB.open(path)
+        started = threading.Barrier(5)
+
+        def work(db=db, started=started):
+            started.wait()
+            with contextlib.suppress(memodb.ClosedError):
+                while True:
+                    db.multiget(ids)
+
+        threads = [threading.Thread(target=work) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        started.wait()
+        db.close()
+        for thread in threads:
+            thread.join()
+    assert open_resources(path) == []

@@ -37,6 +37,14 @@ def test_a_missing_driver_gives_the_command(monkeypatch, capsys, disk):
     assert "pip install memodb-tape" in listed["tape"]["hint"]
 
 
+def test_without_zarr(monkeypatch, make):
+    monkeypatch.setattr(registry, "find_spec", lambda name: None)
+    found = {backend.name: backend for backend in memodb.available_backends()}
+    assert not found["zarr"].installed
+    with pytest.raises(memodb.BackendUnavailableError, match="pip install zarr"):
+        make(backend="zarr")
+
+
 class _Point:
     """An entry point of somebody else's."""
 
@@ -49,7 +57,11 @@ class _Point:
         return self.loaded
 
 
-@pytest.mark.parametrize("loaded", [SyntaxError("no Python"), RuntimeError("no licence"), dict])
+class _Nameless(registry.ValueBackend):
+    """A subclass that says nothing of itself."""
+
+
+@pytest.mark.parametrize("loaded", [SyntaxError("no Python"), RuntimeError("no licence"), dict, _Nameless])
 def test_a_broken_third_party_stops_nobody_else(monkeypatch, make, loaded):
     monkeypatch.setattr(registry, "entry_points", lambda group: [_Point("broken", loaded)])
     found = {backend.name: backend for backend in memodb.available_backends()}

@@ -1,6 +1,7 @@
 """The zarr backend on this machine: conformance, and what it alone promises. (On another one: test_zarr_s3.py.)"""
 
 import asyncio
+import json
 import os
 import secrets
 import shutil
@@ -565,3 +566,52 @@ def test_zarrs_settings_stay_the_programs(make):
     db = make(backend="zarr")
     db.multiget(db.put(np.ones((2, 2, 1024), np.float32)))
     assert zarr.config.config == before
+
+
+def test_two_stores_do_not_share_a_url(disk):
+    """The url is taken when the first is created, before anything is put; nothing is left of the second."""
+    settings = {"shape": 3, "dtype": "int8", "backend": "zarr", "url": str(disk / "records")}
+    with memodb.MemoDB.create(disk / "one", **settings) as one:
+        with pytest.raises(memodb.StoreExistsError, match="another url"):
+            memodb.MemoDB.create(disk / "two", **settings)
+        assert not (disk / "two").exists()
+        assert one.multiget(one.put([[1, 2, 3]])).tolist() == [[1, 2, 3]]
+
+
+@pytest.mark.parametrize(
+    "found", [{"zarr_format": 3, "node_type": "group", "attributes": {}}, [1, 2], {"attributes": 5}]
+)
+def test_what_somebody_else_put_there_is_not_repaired(disk, found):
+    settings = {"shape": 3, "dtype": "int8", "backend": "zarr", "url": str(disk / "records")}
+    with memodb.MemoDB.create(disk / "store", **settings) as db:
+        db.put([[1, 2, 3]])
+    theirs = json.dumps(found)
+    (disk / "records" / "zarr.json").write_text(theirs)
+    for mode in ("r", "r+"):
+        with pytest.raises(memodb.StoreExistsError, match="somebody else"):
+            memodb.MemoDB.open(disk / "store", mode=mode)
+    assert (disk / "records" / "zarr.json").read_text() == theirs
+
+
+@pytest.mark.parametrize("url", ["/proc/records", "{disk}/a file/records"])
+def test_a_url_that_cannot_be_made(disk, url):
+    (disk / "a file").write_text("")
+    with pytest.raises(memodb.MemoDBError, match=r"another url|access"):
+        memodb.MemoDB.create(disk / "store", shape=3, dtype="int8", backend="zarr", url=url.format(disk=disk))
+    assert not (disk / "store").exists()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"endpoint_url": "https://user:hunter2@host"},
+        {"client_kwargs": {"proxy_url": "http://me:you@proxy"}},
+        {"sas_url": "x"},
+        {"endpoint_url": "https://host/?sig=abc"},
+    ],
+)
+def test_secrets_in_values_are_refused(disk, options):
+    with pytest.raises(memodb.InvalidOptionError, match="written down"):
+        memodb.MemoDB.create(
+            disk / "store", shape=3, dtype="int8", backend="zarr", url="s3://bucket/x", storage_options=options
+        )

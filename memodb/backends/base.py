@@ -141,6 +141,11 @@ class ValueBackend(ABC):
         """
         return values
 
+    @property
+    def unit(self) -> int:
+        """How many records are kept together: puts of multiples of it waste nothing."""
+        return 1
+
     def append_bytes(self, n: int) -> int:
         """Return how many more bytes on the store `n` more records would take."""
         return n * self.spec.nbytes

@@ -8,7 +8,7 @@ import os
 import resource
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -26,19 +26,28 @@ class OpenFile:
     ----------
     path
         The file.
+    nbytes
+        How long it has to be: beyond its end a mapped page would read as zeros.
 
     Raises
     ------
     FileNotFoundError
         If there is none.
+    CorruptionError
+        If it is shorter.
     """
 
     __slots__ = ("fd", "path")
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, nbytes: int) -> None:
         self.path = path
         self.fd = -1
         self.fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        size = os.fstat(self.fd).st_size
+        if size < nbytes:
+            raise CorruptionError(
+                f"{path} is {size} bytes long, its record has {nbytes}: it was truncated; restore the store from a copy"
+            )
 
     def __del__(self) -> None:
         if self.fd >= 0:
@@ -80,6 +89,8 @@ class DescriptorCache:
         self._owners = itertools.count()
         self._files: OrderedDict[tuple[int, int], OpenFile] = OrderedDict()
         self._most = capacity()
+        #: Raised whenever files of an owner are dropped: what was being opened meanwhile may be one of those.
+        self._epochs: dict[int, int] = {}
         self.renew_lock()
 
     def renew_lock(self) -> None:
@@ -87,11 +98,13 @@ class DescriptorCache:
         self._lock = threading.RLock()
 
     def owner(self) -> int:
-        """Return a number for somebody whose files are told from others'."""
-        return next(self._owners)
+        """Return a number for somebody whose files are told from others'; to be given back with `disown`."""
+        number = next(self._owners)
+        self._epochs[number] = 0
+        return number
 
-    def get(self, owner: int, number: int, place: Callable[[int], str]) -> OpenFile:
-        """Return file `number` of `owner`, opened now if need be: `place` tells its path.
+    def get(self, owner: int, number: int, place: Callable[[int], str], nbytes: int) -> OpenFile:
+        """Return file `number` of `owner`, opened now if need be: `place` tells its path, `nbytes` its least length.
 
         Raises
         ------
@@ -99,6 +112,8 @@ class DescriptorCache:
             If there is none.
         StoreAccessError
             If it may not be opened, or the process has no descriptor left.
+        CorruptionError
+            If it is too short, or no file that can be opened.
         """
         key = owner, number
         with self._lock:
@@ -106,8 +121,11 @@ class DescriptorCache:
             if file is not None:
                 self._files.move_to_end(key)
                 return file
-        file = self._open(place(number))
+            epoch = self._epochs.get(owner)
+        file = self._open(place(number), nbytes)
         with self._lock:
+            if epoch is None or self._epochs.get(owner) != epoch:
+                return file  # for this once
             self._files[key] = file
             while len(self._files) > self._most:
                 self._files.popitem(last=False)
@@ -121,17 +139,22 @@ class DescriptorCache:
                 while len(self._files) > self._most:
                     self._files.popitem(last=False)
 
-    def _open(self, path: str) -> OpenFile:
+    def _open(self, path: str, nbytes: int) -> OpenFile:
         try:
-            return OpenFile(path)
+            return OpenFile(path, nbytes)
+        except (FileNotFoundError, CorruptionError):
+            raise
         except PermissionError as error:
             raise StoreAccessError(f"{path} cannot be opened: {error.strerror}; ask its owner for access") from error
         except OSError as error:
             if error.errno not in (errno.EMFILE, errno.ENFILE):
-                raise
+                raise CorruptionError(
+                    f"{path} cannot be opened: {error.strerror}; restore the store from a copy, or delete what "
+                    "verify() names"
+                ) from error
         self.clear()  # others in this process need theirs more
         try:
-            return OpenFile(path)
+            return OpenFile(path, nbytes)
         except OSError as error:
             if error.errno not in (errno.EMFILE, errno.ENFILE):
                 raise
@@ -140,12 +163,19 @@ class DescriptorCache:
                 "close some, or raise the limit (ulimit -n)"
             ) from error
 
-    def forget(self, owner: int, numbers: Iterable[int] | None = None) -> None:
-        """Drop files of `owner`, or all of them."""
+    def forget(self, owner: int) -> None:
+        """Drop the files of `owner`, also those that are being opened."""
         with self._lock:
-            keys = [key for key in self._files if key[0] == owner] if numbers is None else [(owner, n) for n in numbers]
-            for key in keys:
-                self._files.pop(key, None)
+            if owner in self._epochs:
+                self._epochs[owner] += 1
+            for key in [key for key in self._files if key[0] == owner]:
+                del self._files[key]
+
+    def disown(self, owner: int) -> None:
+        """Drop the files of `owner`, and keep none any more."""
+        with self._lock:
+            self.forget(owner)
+            self._epochs.pop(owner, None)
 
     def clear(self) -> None:
         """Drop everything."""

@@ -61,6 +61,8 @@ class FilesBackend(KeyedBackend):
         super().__init__(path, spec, options, writable=writable)
         self._system = vm.filesystem(path)
         self._root = os.fspath(path)
+        # Before anything is written: see `vm.sync_filesystem`.
+        self._fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC) if writable else -1
         self._owner = DESCRIPTORS.owner()
         self._huge = 0
         self._erased = 0
@@ -104,7 +106,6 @@ class FilesBackend(KeyedBackend):
             CREW.share(work, len(files), MOST if values.nbytes >= vm.HUGE or len(files) > 16 else 1)
         except OSError as error:
             if error.errno in _REFUSED:
-                DESCRIPTORS.clear()
                 raise StoreAccessError(
                     f"{error.filename or self.path} cannot be made: {error.strerror}; nothing was stored: ask the "
                     "store's owner for access, or raise the limit of open files (ulimit -n)"
@@ -120,7 +121,7 @@ class FilesBackend(KeyedBackend):
 
     def _write_file(self, file: str, data: np.ndarray[Any, np.dtype[np.uint8]]) -> int:
         """Write a new file; return how many bytes of it lie on huge pages."""
-        fd = os.open(file, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
+        fd = _create(file)
         try:
             if data.size >= vm.HUGE and (self._system.in_memory or self._is_dax(fd)):
                 whole = vm.round_up(data.size, vm.PAGE)
@@ -143,7 +144,15 @@ class FilesBackend(KeyedBackend):
     def sync(self) -> None:
         """Flush what was written, files and directories, in one syncfs(2) (tmpfs and "relaxed": nothing)."""
         if self.options["durability"] == "full" and not self._system.in_memory:
-            vm.sync_filesystem(self.path)
+            try:
+                vm.sync_filesystem(self._fd)
+            except OSError as error:
+                if error.errno not in _FULL:
+                    raise
+                raise StoreFullError(
+                    f"no room for what was put into {self.path}, as its flush says ({error.strerror}); nothing was "
+                    "stored; free space there"
+                ) from error
 
     def append_bytes(self, n: int) -> int:
         """Return the bytes of `n` more files, rounded to pages."""
@@ -179,10 +188,10 @@ class FilesBackend(KeyedBackend):
 
     def erase(self, numbers: Locators) -> None:
         """Unlink files; whoever maps one keeps its memory."""
-        DESCRIPTORS.forget(self._owner, numbers.tolist())
         for number in numbers.tolist():
             with suppress(FileNotFoundError):
                 os.unlink(self._file(number))
+        DESCRIPTORS.forget(self._owner)
         for leaf in np.unique(numbers >> np.uint64(_BITS)).tolist():
             with suppress(OSError):  # others are in there
                 os.rmdir(self._folder(leaf))
@@ -209,7 +218,7 @@ class FilesBackend(KeyedBackend):
 
     def open_file(self, number: int) -> OpenFile:
         """Return the file of a record, open."""
-        return DESCRIPTORS.get(self._owner, number, self._file)
+        return DESCRIPTORS.get(self._owner, number, self._file, self.spec.nbytes)
 
     def _look(self, files: list[OpenFile]) -> float:
         """Measure what share of some files lies on huge pages (see `memodb.backends.pages`)."""
@@ -273,7 +282,21 @@ class FilesBackend(KeyedBackend):
 
     def close(self) -> None:
         """Close all files but those that are in use this moment."""
-        DESCRIPTORS.forget(self._owner)
+        DESCRIPTORS.disown(self._owner)
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+
+def _create(file: str) -> int:
+    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
+    try:
+        return os.open(file, flags, 0o644)
+    except OSError as error:
+        if error.errno not in (errno.EMFILE, errno.ENFILE):
+            raise
+    DESCRIPTORS.clear()
+    return os.open(file, flags, 0o644)
 
 
 class _Medium:

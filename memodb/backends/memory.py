@@ -39,7 +39,7 @@ class MemoryBackend(KeyedBackend):
         super().__init__(path, spec, options, writable=writable)
         stat = path.stat()
         self._key = (str(options["token"]), stat.st_dev, stat.st_ino)
-        self._records: _Records = _STORES.get(self._key, ({}, path))[0]
+        self._records: _Records = _STORES.setdefault(self._key, ({}, path))[0]
         _STORES[self._key] = self._records, path
         for key in [key for key, (_, place) in list(_STORES.items()) if not place.exists()]:
             _STORES.pop(key, None)

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
+from importlib.util import find_spec
 
 from memodb.backends.base import ValueBackend
 from memodb.errors import BackendNotFoundError, BackendUnavailableError
@@ -43,9 +44,13 @@ _BUILTIN: dict[str, tuple[str, str, str]] = {
     "arena": ("memodb.backends.arena", "ArenaBackend", "pip install memodb"),
     "files": ("memodb.backends.files", "FilesBackend", "pip install memodb"),
     "lmdb": ("memodb.backends.lmdb", "LmdbBackend", "pip install memodb"),
-    "zarr": ("memodb.backends.zarr", "ZarrBackend", "pip install memodb"),
+    "zarr": ("memodb.backends.zarr", "ZarrBackend", "pip install zarr"),
     "memory": ("memodb.backends.memory", "MemoryBackend", "pip install memodb"),
 }
+
+
+#: Drivers that a backend imports when a store is opened, not when it is loaded.
+_DRIVERS = {"zarr": "zarr"}
 
 
 def _third_parties() -> dict[str, EntryPoint]:
@@ -71,6 +76,8 @@ def load(name: str) -> type[ValueBackend]:
     try:
         if name in _BUILTIN:
             module, attribute, hint = _BUILTIN[name]
+            if name in _DRIVERS and find_spec(_DRIVERS[name]) is None:
+                raise ImportError(f"the package {_DRIVERS[name]} is not installed")
             loaded = getattr(import_module(module), attribute)
         else:
             point = _third_parties().get(name)
@@ -86,6 +93,10 @@ def load(name: str) -> type[ValueBackend]:
         raise BackendUnavailableError(f"backend {name!r} cannot be loaded: {error}; {hint}") from error
     if not (isinstance(loaded, type) and issubclass(loaded, ValueBackend)):
         raise BackendUnavailableError(f"backend {name!r} is {loaded!r}, not a subclass of ValueBackend; {hint}")
+    if not isinstance(getattr(loaded, "abilities", None), Mapping) or not isinstance(
+        getattr(loaded, "name", None), str
+    ):
+        raise BackendUnavailableError(f"backend {name!r} does not say its name and its abilities; {hint}")
     return loaded
 
 

@@ -5,6 +5,7 @@ zarr is imported when a store of this kind is made or opened: the modules ``zarr
 
 from __future__ import annotations
 
+import os
 import secrets
 import struct
 from collections.abc import Mapping
@@ -99,6 +100,7 @@ class ZarrBackend(KeyedBackend):
         self._reader: Reader | None = None
         #: Bytes of the objects that are committed.
         self._stored = 0
+        self._fd = -1
 
     @classmethod
     def check_options(cls, options: Mapping[str, Any], spec: RecordSpec, *, room: int) -> dict[str, Any]:
@@ -151,6 +153,8 @@ class ZarrBackend(KeyedBackend):
     def write(self, numbers: Locators, values: Values) -> None:
         """Write rows (see `KeyedBackend.write`)."""
         rows = self._coding.encode(values)
+        if self._place.root is not None:
+            self._descriptor(self._place.root)
         first = int(numbers[0])
         # Before the rows: then what a crash leaves of them lies within the array, where the next writer finds it.
         if self._array.opened or self._array.open(repair=False):
@@ -159,9 +163,21 @@ class ZarrBackend(KeyedBackend):
             self._array.make(first + len(rows))
         self._stored += self._array.write(first, rows)
 
+    def _descriptor(self, root: Path) -> int:
+        """Return a descriptor of the array's directory, opened before anything is written (see `sync_filesystem`)."""
+        if self._fd < 0:
+            root.mkdir(parents=True, exist_ok=True)
+            self._fd = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        return self._fd
+
     def as_kept(self, values: Values) -> Values:
         """Return `values` as they will be read back (see `ValueBackend.as_kept`)."""
         return self._coding.kept(values)
+
+    @property
+    def unit(self) -> int:
+        """Records of an object (see `ValueBackend.unit`)."""
+        return int(self._array.per_object)
 
     def append_bytes(self, n: int) -> int:
         """Return how many bytes `n` more records would take, if nothing of them could be compressed."""
@@ -173,7 +189,10 @@ class ZarrBackend(KeyedBackend):
         """Make the array durable on a local disk (elsewhere, and with durability "relaxed": nothing)."""
         root = self._place.root
         if root is not None and self.options["durability"] == "full" and not vm.filesystem(root).in_memory:
-            vm.sync_filesystem(root)
+            try:
+                vm.sync_filesystem(self._descriptor(root))
+            except OSError as error:
+                raise self._place.failure("flushed", error) from error
 
     # --- what is committed ---
 
@@ -222,9 +241,13 @@ class ZarrBackend(KeyedBackend):
         try:
             if not self._array.open(repair=self.writable) and self.next:
                 raise self._lost()
-        except BaseException:
+        except BaseException as error:
             self._array.forget()
             self._place.close()  # a handle that cannot be opened is never closed; the store opens again at need
+            if isinstance(error, (FileNotFoundError, NotADirectoryError)) and not isinstance(error, MemoDBError):
+                raise StoreAccessError(
+                    f"{self._place} cannot be made or reached: {error.strerror}; choose another url, or ask for access"
+                ) from error
             raise
 
     def _lost(self) -> CorruptionError | StoreNotFoundError:
@@ -325,6 +348,9 @@ class ZarrBackend(KeyedBackend):
         """Close connections."""
         self._reader = None
         self._place.close()
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
 
 
 def _target(path: Path, options: Mapping[str, Any]) -> Target:

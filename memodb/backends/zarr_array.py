@@ -112,14 +112,27 @@ class RecordArray:
             return False
         try:
             document = json.loads(raw)
-            self._array = self._parsed(document)
-        except (ValueError, TypeError, LookupError) as error:
+        except ValueError as error:
             if not repair:
                 raise CorruptionError(
                     f"{METADATA} of {self.place} is damaged ({error}); opening the store once with mode='r+' writes it "
                     "anew"
                 ) from error
             self.make(0)
+            return True
+        attributes = document.get("attributes") if isinstance(document, dict) else None
+        owner = attributes.get(_OWNER) if isinstance(attributes, dict) else None
+        if not isinstance(owner, dict) or owner.get("store") != self._token:
+            raise StoreExistsError(
+                f"what lies at {self.place} belongs to another store, or to somebody else, and was put there; move it "
+                "away, or create this store anew with another url"
+            )
+        try:
+            self._array = self._parsed(document)
+        except (ValueError, TypeError, LookupError) as error:
+            raise CorruptionError(
+                f"{METADATA} of {self.place} cannot be used ({error}): restore it from a copy"
+            ) from error
         self._check()
         return True
 
@@ -154,12 +167,6 @@ class RecordArray:
         return array.async_array.with_config({"write_empty_chunks": True})
 
     def _check(self) -> None:
-        owner = self._array.attrs.get(_OWNER)
-        if not isinstance(owner, dict) or owner.get("store") != self._token:
-            raise StoreExistsError(
-                f"the array at {self.place} is that of another store, which was put there; move it away, or create "
-                "this store anew with another url"
-            )
         shape, dtype = tuple(self._array.shape[1:]), self._array.dtype
         rows = self._array.metadata.chunk_grid.chunk_shape[0]
         if (shape, dtype, rows) != (self._shape, self.coding.dtype, self.per_object):

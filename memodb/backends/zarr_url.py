@@ -26,10 +26,13 @@ _KINDS = 'a directory, "file:///directory", "memory://name", or ' + ", ".join(f'
 CLIENTS = ("auto", "fsspec", "obstore")
 #: Names under which clients take what must not be written down.
 _SECRET = re.compile(
-    r"secret|token|passw|pwd|credential|signature$|(^|_)(key|sas|sig)$|(access|account|api|private|session|sse)_?key"
+    r"secret|token|passw|pwd|credential|signature$|(^|_)(key|sig)$|(^|_)sas(_|$)|(access|account|api|private|session|sse)_?key"
     r"|connection_string|bearer|authorization|cookie",
     re.IGNORECASE,
 )
+
+#: A URL with user information, or with a query, where signatures stand.
+_CREDENTIALS = re.compile(r"://[^/?#]*@|://[^#]*\?")
 
 
 @dataclass(frozen=True)
@@ -63,7 +66,10 @@ def parse_url(url: str) -> Target:
         if not url:
             raise InvalidOptionError(f"url is empty: expected {_KINDS}")
         return Target("local", os.path.abspath(url))
-    parts = urlsplit(url)
+    try:
+        parts = urlsplit(url)
+    except ValueError as error:
+        raise InvalidOptionError(f"url {url!r} cannot be read ({error}): expected {_KINDS}") from error
     if parts.username is not None or parts.password is not None or parts.query or parts.fragment:
         raise InvalidOptionError(
             f"url {parts.scheme}://{parts.hostname or ''}{parts.path} has a user name, a query or a fragment, which "
@@ -132,7 +138,22 @@ def parse_storage_options(given: Any, target: Target | None) -> dict[str, Any]:
                 "the environment (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, GOOGLE_APPLICATION_CREDENTIALS, "
                 "AZURE_STORAGE_CONNECTION_STRING ...) or by the provider's credential file"
             )
+    for name, text in _texts(options):
+        if _CREDENTIALS.search(text):
+            raise InvalidOptionError(
+                f"storage_options[{name!r}] is a URL with a user name, a password or a query, which would be written "
+                "down with the store: give the bare URL, and credentials by the environment"
+            )
     return options
+
+
+def _texts(options: Any, name: str = "") -> list[tuple[str, str]]:
+    """Return (name, text) of all strings in a nested JSON value."""
+    if isinstance(options, dict):
+        return [found for key, value in options.items() for found in _texts(value, key)]
+    if isinstance(options, list):
+        return [found for value in options for found in _texts(value, name)]
+    return [(name, options)] if isinstance(options, str) else []
 
 
 def _names(options: Any) -> list[str]:

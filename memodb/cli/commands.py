@@ -77,7 +77,7 @@ def copy(arguments: argparse.Namespace) -> int:
             )
         except (memodb.MemoDBError, OSError, KeyboardInterrupt) as error:
             for note in getattr(error, "__notes__", ()):
-                print(f"memodb: {note.replace('call', 'command')}", file=sys.stderr)
+                print(f"memodb: {note}", file=sys.stderr)
             raise
     with memodb.MemoDB.open(arguments.destination) as db:
         _show(describe(db), arguments)

@@ -4,6 +4,7 @@ import sqlite3
 
 import numpy as np
 
+from memodb import StoreFullError
 from memodb.backends import KeyedBackend
 
 
@@ -24,9 +25,11 @@ class SqliteBackend(KeyedBackend):
             self.db.execute("CREATE TABLE IF NOT EXISTS records (number INTEGER PRIMARY KEY, value BLOB)")
 
     def write(self, numbers, values):
-        self.db.executemany(
-            "INSERT INTO records VALUES (?, ?)", ((int(n), v.tobytes()) for n, v in zip(numbers, values))
-        )
+        rows = ((int(number), value.tobytes()) for number, value in zip(numbers, values))
+        try:
+            self.db.executemany("INSERT INTO records VALUES (?, ?)", rows)
+        except sqlite3.OperationalError as error:
+            raise StoreFullError(f"{self.path} has no room for {len(values)} records: {error}") from error
 
     def read(self, locators, out):
         for row, number in zip(out, locators.tolist()):
@@ -48,6 +51,7 @@ class SqliteBackend(KeyedBackend):
 
     def after_fork(self):
         super().after_fork()
+        self.inherited = self.db  # never closed here: SQLite forbids it
         self.connect()
 
     def close(self):
