@@ -243,11 +243,11 @@ def test_a_server_that_is_gone_and_comes_back(make, path, shm, own_server, clien
 
 
 @pytest.mark.parametrize("client", CLIENTS)
-def test_a_bucket_that_does_not_exist(make, server, client):
-    db = make(**{**server.options(client), "url": "s3://no-such-bucket/prefix"})
+def test_a_bucket_that_does_not_exist(make, path, server, client):
+    """It is told when the store is created, and nothing is left of that."""
     with pytest.raises(memodb.StoreAccessError, match="no-such-bucket"):
-        db.put(np.ones((1, 2, 1024), np.float32))
-    assert len(db) == 0
+        make(**{**server.options(client), "url": "s3://no-such-bucket/prefix"})
+    assert not path.exists()
 
 
 def test_options_from_the_command_line(path, server):
