@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from memodb.backends.file_io import read_all
 from memodb.errors import CorruptionError, StoreAccessError
 
 #: Descriptors kept open: a quarter of what the process may have, so many at most.
@@ -62,21 +63,7 @@ class OpenFile:
         CorruptionError
             If the device cannot read them, or the file ends before.
         """
-        data = memoryview(out)  # type: ignore[arg-type]
-        while len(data):
-            try:
-                got = os.preadv(self.fd, [data], offset)
-            except OSError as error:
-                raise CorruptionError(
-                    f"{self.path} cannot be read at byte {offset}: {error.strerror}; its device fails: restore the "
-                    "store from a copy"
-                ) from error
-            if not got:
-                raise CorruptionError(
-                    f"{self.path} ends at byte {offset}, {len(data)} bytes too early: it was truncated; restore the "
-                    "store from a copy"
-                )
-            data, offset = data[got:], offset + got
+        read_all(self.fd, self.path, offset, out)
 
 
 class DescriptorCache:

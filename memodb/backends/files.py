@@ -23,6 +23,7 @@ from memodb import vm
 from memodb.backends import dax
 from memodb.backends.base import Locators, Usage, Values, take_options
 from memodb.backends.descriptors import DESCRIPTORS, OpenFile
+from memodb.backends.file_io import FULL, write_all
 from memodb.backends.keyed import KeyedBackend
 from memodb.backends.pages import LOOK_AGAIN, LOOK_AGAIN_SOON, measured_share, note
 from memodb.backends.writer import FileWriter
@@ -35,7 +36,6 @@ _BITS = 10
 _LEAF = (1 << _BITS) - 1
 #: Bytes on huge pages and groups erased, behind what every keyed backend remembers.
 _MORE = struct.Struct("<QQ")
-_FULL = {errno.ENOSPC, errno.ENOMEM, errno.EDQUOT, errno.EFBIG}
 _REFUSED = {errno.EACCES, errno.EPERM, errno.EROFS, errno.EMFILE, errno.ENFILE}
 #: Files that are looked at where pages are measured.
 _LOOKED_AT = 4
@@ -110,7 +110,7 @@ class FilesBackend(KeyedBackend):
                     f"{error.filename or self.path} cannot be made: {error.strerror}; nothing was stored: ask the "
                     "store's owner for access, or raise the limit of open files (ulimit -n)"
                 ) from error
-            if error.errno not in _FULL:
+            if error.errno not in FULL:
                 raise
             raise StoreFullError(
                 f"no room for {len(files)} more files of {self.spec.nbytes} bytes in {self.path}: {error.strerror}; "
@@ -130,10 +130,7 @@ class FilesBackend(KeyedBackend):
                 if whole > data.size:
                     os.ftruncate(fd, data.size)
                 return gained
-            rest, offset = memoryview(data), 0  # type: ignore[arg-type]
-            while len(rest):
-                written = os.pwrite(fd, rest, offset)
-                rest, offset = rest[written:], offset + written
+            write_all(fd, 0, data)
             return 0
         finally:
             os.close(fd)
@@ -147,7 +144,7 @@ class FilesBackend(KeyedBackend):
             try:
                 vm.sync_filesystem(self._fd)
             except OSError as error:
-                if error.errno not in _FULL:
+                if error.errno not in FULL:
                     raise
                 raise StoreFullError(
                     f"no room for what was put into {self.path}, as its flush says ({error.strerror}); nothing was "

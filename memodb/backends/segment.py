@@ -15,11 +15,10 @@ from typing import Any
 import numpy as np
 
 from memodb import vm
+from memodb.backends.file_io import FULL, read_all
 from memodb.backends.pages import LOOK_AGAIN, LOOK_AGAIN_SOON, measured_share
 from memodb.backends.writer import FileWriter
 from memodb.errors import CorruptionError, StoreAccessError, StoreFullError
-
-_FULL = {errno.ENOSPC, errno.ENOMEM, errno.EDQUOT, errno.EFBIG}
 
 
 class SegmentFile:
@@ -187,19 +186,7 @@ class SegmentFile:
         CorruptionError
             If the device cannot read them, or the file ends before: errors here, signals through a mapping.
         """
-        data = memoryview(out.reshape(-1))  # type: ignore[arg-type]
-        while len(data):
-            try:
-                got = os.preadv(self.fd, [data], offset)
-            except OSError as error:
-                raise CorruptionError(
-                    f"segment {self.path} cannot be read at byte {offset}: {error.strerror}; its device fails: restore "
-                    "the store from a copy"
-                ) from error
-            if not got:
-                self.require(offset + len(data))
-                raise CorruptionError(f"segment {self.path} ends at byte {offset}; restore the store from a copy")
-            data, offset = data[got:], offset + got
+        read_all(self.fd, f"segment {self.path}", offset, out)
 
     def write(self, offset: int, values: np.ndarray[Any, Any], allocated: int, full: int) -> tuple[int, int]:
         """Write `values` (any strides) at `offset`, allocating beyond `allocated` first, up to `full` at most.
@@ -221,7 +208,7 @@ class SegmentFile:
             try:
                 return wanted, self._writer.write(offset, values, allocated, wanted)
             except OSError as error:
-                if error.errno not in _FULL:
+                if error.errno not in FULL:
                     raise
                 full_error = error
                 self.truncate(allocated)

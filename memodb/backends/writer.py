@@ -12,14 +12,12 @@ from typing import Any
 import numpy as np
 
 from memodb import vm
+from memodb.backends.file_io import write_all
 from memodb.threads import CREW
 
 #: Bytes collapsed or populated by one madvise call, and copied by one thread at a time: small enough to find out where
 #: huge pages ran out, and to share evenly.
 _PIECE = 16 << 20
-#: Bytes of one pwrite(2): a large write that begins on a multiple of 2 MiB gets large folios in the page cache. (Linux
-#: cuts a write after 2 GiB less a page, which would leave all that follows unaligned.)
-_WRITE = 1 << 30
 
 
 class FileWriter:
@@ -157,7 +155,6 @@ class FileWriter:
         # mapping.
         chunks = [values] if values.flags.c_contiguous else values
         for chunk in chunks:
-            data = memoryview(np.ascontiguousarray(chunk).reshape(-1).view(np.uint8))  # type: ignore[arg-type]
-            while len(data):
-                written = os.pwrite(self._fd, data[:_WRITE], offset)
-                data, offset = data[written:], offset + written
+            data = np.ascontiguousarray(chunk).reshape(-1).view(np.uint8)
+            write_all(self._fd, offset, data)
+            offset += data.size
