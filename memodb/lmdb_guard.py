@@ -258,7 +258,7 @@ class PageGuard:
 
 
 def _check_disjoint(found: _Found) -> None:
-    """Check that no page belongs to two things: a flipped bit of a page's number leads to an old page, which is free."""
+    """Check that no page belongs to two things: a flipped bit in a number of a page leads to an old, free one."""
     none = np.zeros(0, np.int64)
     starts = np.concatenate([none, *found.starts, np.array(found.tree, np.int64)])
     lengths = np.concatenate([none, *found.lengths, np.ones(len(found.tree), np.int64)])

@@ -1,7 +1,7 @@
 """LMDB's two meta pages, which name the newest tree, and the seals behind them.
 
-The layout is that of LMDB 0.9 (``MDB_page``, ``MDB_meta``, ``MDB_db`` in its mdb.c), little-endian, 64 bits. LMDB has no
-checksum for them. So a *seal* lies behind each, in the part of its page that LMDB does not use: the number of the
+The layout is that of LMDB 0.9 (``MDB_page``, ``MDB_meta``, ``MDB_db`` in mdb.c), little-endian, 64 bits. LMDB has
+no checksum for them. So a *seal* lies behind each, in the part of its page that LMDB does not use: the number of the
 transaction, and the CRC-32C of what LMDB wrote.
 """
 
