@@ -274,6 +274,17 @@ def page(results: Results, images: Sequence[tuple[str, str]]) -> str:
                 ["total_ms", "written_mb_per_second", "busy"],
             ),
         ),
+        (
+            "Checksums on gather",
+            '`benchmarks/test_verify.py`. `verify="never"` is the default where records lie on this machine: checking '
+            "reads every byte once more, and enters every page that a mapping would have left alone.\n\n"
+            + _plain(
+                results,
+                "verify",
+                ["gather ms", "read ms", "all ms", "x never", "checked GB/s"],
+                ["gather_ms", "read_ms", "total_ms", "times_never", "checked_gb_per_second"],
+            ),
+        ),
     ]
     text = "\n\n".join([_HEAD.rstrip(), *(f"## {title}\n\n{text}" for title, text in sections)])
     return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"  # no gaps where nothing was measured
