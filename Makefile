@@ -2,6 +2,7 @@
 #
 #   make demo    the main job on real input        (DEMO_ARGS="--model DIR --data FILE.tsv")
 #   make test    the test suite                    (PYTEST_ARGS="-k search -x")
+#   make torture     crashes, faults, damage, limits, concurrency, fuzzing (MINUTES=30)
 #   make dax-test    the same on a DAX mount, in a virtual machine: 5 minutes, as root (docs/dax.md)
 #   make check   style, types, room rules, wheel
 #   make bench   benchmarks, half an hour and more (BENCH_ARGS=benchmarks/test_put.py)
@@ -13,6 +14,7 @@ PYTHON ?= python3
 DEMO_ARGS ?=
 PYTEST_ARGS ?=
 BENCH_ARGS ?= benchmarks
+MINUTES ?= 30
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -21,10 +23,10 @@ BENCH = $(BIN)/python -m pytest -q --benchmark-columns=median,iqr,rounds --bench
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test dax-test check bench bench-quick bench-report clean
+.PHONY: help demo test torture dax-test check bench bench-quick bench-report clean
 
 help:
-	@sed -n 's/^# \{0,1\}//p' Makefile | head -10
+	@sed -n 's/^# \{0,1\}//p' Makefile | head -12
 
 # A half-made environment is never taken for a ready one: the stamp is written last.
 $(READY): pyproject.toml constraints.txt
@@ -39,6 +41,9 @@ demo: $(READY)
 
 test: $(READY)
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+torture: $(READY)
+	$(BIN)/python tests/reliability/torture.py --minutes $(MINUTES) $(TORTURE_ARGS)
 
 dax-test: $(READY)
 	$(BIN)/python tests/dax/run.py

@@ -185,7 +185,6 @@ class Environment:
                     self._hold_presence()
                     self._env.reader_check()
                     self._guard_pages()
-                self._check_length()
                 self._look_at_pages()
                 return
             except BaseException as error:
@@ -283,20 +282,9 @@ class Environment:
         used = 2 + stat["branch_pages"] + stat["leaf_pages"] + stat["overflow_pages"]
         return max(0, last + 1 - used) * stat["psize"]
 
-    def _check_length(self) -> None:
-        # LMDB maps the file without looking at its length: a page beyond its end would be a SIGBUS.
-        needed, found = self._length()
-        if found < needed:
-            raise CorruptionError(
-                f"{self.kind.noun} {self.path} is {found} bytes long, its pages reach to byte {needed}: it was "
-                "truncated; restore it from a copy"
-            )
-
     def _pad(self, more: int = 0) -> bool:
         """Allocate what the file has to spare, and room for `more` bytes; False if the file system has no room."""
-        # Two promises rest on the file being longer than its pages. Pages that a transaction took and freed again need
-        # not have been written, so only a file that is surely long enough lets `_check_length` tell a truncated one.
-        # And on a full file system deleting must still be possible, which rewrites pages before it frees any.
+        # On a full file system deleting must still be possible, which rewrites pages before it frees any.
         # Best effort: what precedes it is committed, so nothing that goes wrong here may look like a failed commit.
         needed, found = self._length()
         spare = self.kind.spare

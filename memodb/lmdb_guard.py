@@ -87,7 +87,7 @@ class PageGuard:
         Raises
         ------
         CorruptionError
-            If one is damaged, or the file is shorter than its pages.
+            If one is damaged.
         FormatVersionError
             If another version of LMDB wrote the file.
         """
@@ -97,16 +97,8 @@ class PageGuard:
                 head = os.pread(self._fd, META_BYTES, 0)
                 nbytes = page_size(head)
                 pages = [os.pread(self._fd, nbytes, number * nbytes) for number in (0, 1)]
-                first, second = (parse_meta(page, i, nbytes, self._name) for i, page in enumerate(pages))
-                size = os.fstat(self._fd).st_size
-                newest = max(first, second)
-                if size < (newest.last + 1) * nbytes:
-                    raise Damage(
-                        f"it is {size} bytes long, its pages reach to byte {(newest.last + 1) * nbytes}: it was "
-                        "truncated"
-                    )
-                if max(newest.free.root, newest.main.root) > newest.last:
-                    raise Damage(f"meta page {newest.transaction & 1} names a root beyond its last page")
+                held = os.fstat(self._fd).st_size // nbytes
+                first, second = (parse_meta(page, i, nbytes, held, self._name) for i, page in enumerate(pages))
                 return first, second
             except (Damage, FormatVersionError) as error:
                 last_error = error
@@ -129,9 +121,13 @@ class PageGuard:
     # --- checking ---
 
     def open(self, transaction: int) -> None:
-        """Check all pages if there are few; the transaction has to be read meanwhile."""
+        """Check all pages if there are few, or some are missing; the transaction has to be read meanwhile.
+
+        Pages that a transaction took and freed again need not have been written, so a file may be shorter than its
+        pages and sound.
+        """
         meta = self.snapshot(transaction)
-        if meta is not None and meta.free.pages + meta.main.pages <= CHECKED_AT_OPEN:
+        if meta is not None and (meta.free.pages + meta.main.pages <= CHECKED_AT_OPEN or meta.held <= meta.last):
             self.check_all(meta)
 
     def check_all(self, meta: Meta, *, writing: bool = False) -> None:
@@ -228,7 +224,7 @@ class PageGuard:
         for i, number in enumerate(starts.tolist()):
             head = os.pread(self._fd, HEADER, number * meta.page_bytes)
             if len(head) < HEADER:
-                raise Damage(f"page {number} lies beyond the end of the file")
+                raise Damage(f"page {number} lies beyond the end of the file, which was truncated")
             own, _, flags = PAGE.unpack_from(head)[:3]
             pages = int.from_bytes(head[12:16], "little")
             if own != number or flags != _OVERFLOW or not needed[i] <= pages <= meta.last + 1 - number:
@@ -250,7 +246,7 @@ class PageGuard:
     def _read(self, meta: Meta, number: int, count: int) -> bytes:
         page = os.pread(self._fd, count * meta.page_bytes, number * meta.page_bytes)
         if len(page) < count * meta.page_bytes:
-            raise Damage(f"page {number} lies beyond the end of the file")
+            raise Damage(f"page {number} lies beyond the end of the file, which was truncated")
         return page
 
     def _damaged(self, error: Exception | None) -> CorruptionError:

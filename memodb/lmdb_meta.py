@@ -44,17 +44,26 @@ class Tree(NamedTuple):
 
 
 class Meta(NamedTuple):
-    """What a meta page says: the trees of a transaction, and the last page that is in use."""
+    """What a meta page says: the trees of a transaction, and the last page that is in use; `held` pages are there."""
 
     transaction: int
     last: int
     page_bytes: int
+    held: int
     free: Tree
     main: Tree
 
 
-def parse_meta(page: bytes, number: int, page_bytes: int, name: str) -> Meta:
-    """Return what a meta page says; `name` is that of its file."""
+def parse_meta(page: bytes, number: int, page_bytes: int, held: int, name: str) -> Meta:
+    """Return what a meta page says; `name` is that of its file, which has `held` pages.
+
+    Raises
+    ------
+    Damage
+        If it cannot be true.
+    FormatVersionError
+        If another version of LMDB wrote it.
+    """
     if len(page) < page_bytes:
         raise Damage(f"it ends within meta page {number}: it was truncated")
     if PAGE.unpack_from(page)[2] != _META:
@@ -74,7 +83,9 @@ def parse_meta(page: bytes, number: int, page_bytes: int, name: str) -> Meta:
         raise Damage(f"meta page {number} has impossible sizes")
     if transaction and transaction & 1 != number:
         raise Damage(f"meta page {number} bears transaction {transaction}, which belongs into the other one")
-    return Meta(transaction, last, page_bytes, free, main)
+    if max(free.root, main.root) > last:
+        raise Damage(f"meta page {number} names a root beyond its last page")
+    return Meta(transaction, last, page_bytes, held, free, main)
 
 
 def page_size(head: bytes) -> int:

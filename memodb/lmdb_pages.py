@@ -91,6 +91,8 @@ class Page:
         first = starts.astype(np.int64)
         if (first + lengths > self._meta.last + 1).any():
             raise Damage(f"page {self.number} has a value that reaches beyond the last page")
+        if (first + lengths > self._meta.held).any():
+            raise Damage(f"page {self.number} has a value beyond the end of the file, which was truncated")
         return first, lengths
 
     def values(self, read: Any) -> Iterator[bytes]:
