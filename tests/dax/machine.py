@@ -79,12 +79,12 @@ class Machine:
     ----------
     command
         See `command`.
-    show
-        Whether its console is printed.
+    log
+        A file that its console is added to, which is printed otherwise.
     """
 
-    def __init__(self, command: list[str], *, show: bool = True) -> None:
-        self._command, self._show = command, show
+    def __init__(self, command: list[str], log: Path | None = None) -> None:
+        self._command, self._log = command, log
         self._began = time.monotonic()
         self._rest = b""
 
@@ -142,8 +142,12 @@ class Machine:
             with contextlib.suppress(ValueError):
                 yield json.loads(text[start + len(MARK) :])
                 return
-        if text and self._show:
-            print(f"[{time.monotonic() - self._began:5.0f} s] {text}", flush=True)
+        said = f"[{time.monotonic() - self._began:5.0f} s] {text}"
+        if text and self._log is None:
+            print(said, flush=True)
+        elif text and self._log is not None:
+            with self._log.open("a") as file:
+                file.write(said + "\n")
 
 
 def table(rows: list[tuple[str, ...]]) -> None:

@@ -53,7 +53,7 @@ def cut_often(command: Command, work: Path, cuts: int, seed: int) -> Outcome:
         delay = chance.uniform(0, OPENING if early else WRITING)
         after = None if number == cuts else ("mounting" if early else "acknowledged")
         words = {"round": str(number)} | {name: str(n) for name, n in told.acknowledged.items()}
-        with machine.Machine(command("cuts", words, hardware), show=False) as guest:
+        with machine.Machine(command("cuts", words, hardware), work / "console.log") as guest:
             where = _until_cut(guest, after, delay, told, outcome)
         if after is not None:
             told.cut_in[where] += 1
@@ -79,9 +79,7 @@ def cut_often(command: Command, work: Path, cuts: int, seed: int) -> Outcome:
     return outcome
 
 
-def _until_cut(
-    guest: machine.Machine, after: str | None, delay: float, told: _Told, outcome: Outcome
-) -> str:
+def _until_cut(guest: machine.Machine, after: str | None, delay: float, told: _Told, outcome: Outcome) -> str:
     """Read what a guest reports until its power went, `delay` seconds `after` a report; return what it was doing then.
 
     Without `after`: until its stores are checked.

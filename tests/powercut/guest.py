@@ -1,7 +1,7 @@
 """Runs in the guest: ``guest.py cuts | record | replay WORD=VALUE ...``; what it reports is a line of JSON each.
 
-``cuts``: check all stores of both mounts, then change them until the power goes. ``record``: change the stores of a disk
-under dm-log-writes. ``replay``: put the disk together as it was at each moment of that log, and check the stores.
+``cuts``: check all stores of both mounts, then change them until the power goes. ``record``: change the stores of a
+disk under dm-log-writes. ``replay``: put the disk together as it was at each moment of that log, and check the stores.
 """
 
 from __future__ import annotations
@@ -40,6 +40,16 @@ def run(*command: str) -> None:
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
 
 
+def map_device(name: str, kind: str, *arguments: str) -> str:
+    """Lay a device mapper target over the disk and return its node (no udev runs here: /dev/mapper stays empty)."""
+    sectors = int(Path("/sys/block", Path(DISK).name, "size").read_text())
+    table = " ".join(["0", str(sectors), kind, DISK, *arguments])
+    run("dmsetup", "create", name, "--noudevsync", "--table", table)
+    return next(
+        f"/dev/{at.parts[3]}" for at in Path("/sys/block").glob("dm-*/dm/name") if at.read_text().strip() == name
+    )
+
+
 def stores(words: dict[str, str], **places: Path) -> list[Store]:
     """Return the stores of each place, as many steps on as the host says were acknowledged."""
     made = []
@@ -71,7 +81,7 @@ def cuts(words: dict[str, str]) -> None:
     run("mount", "-o", "dax=always", PMEM, str(dax))
     opened = []
     for store in stores(words, disk=disk, dax=dax):
-        before = store.steps
+        before, began = store.steps, time.monotonic()
         try:
             db = reopened(store)
         except Exception as error:
@@ -79,8 +89,14 @@ def cuts(words: dict[str, str]) -> None:
             report(store=store.name, steps=before, lost=described(error))
             continue
         dax_used = (db.stats()["dax"] or {}).get("map_sync", False)
+        more, seconds = store.steps - max(before, 1), time.monotonic() - began
         report(
-            store=store.name, steps=store.steps, more=store.steps - before, records=len(store.live), map_sync=dax_used
+            store=store.name,
+            steps=store.steps,
+            more=more,
+            records=len(store.live),
+            map_sync=dax_used,
+            seconds=round(seconds, 2),
         )
         opened.append((store, db))
     report(writing=True)
@@ -98,12 +114,11 @@ def cuts(words: dict[str, str]) -> None:
 
 def record(words: dict[str, str]) -> None:
     run("modprobe", "dm_log_writes")
-    sectors = int(subprocess.run(["blockdev", "--getsz", DISK], check=True, capture_output=True, text=True).stdout)
-    run("dmsetup", "create", "logged", "--noudevsync", "--table", f"0 {sectors} log-writes {DISK} {LOG}")
-    run(*EXT4, "/dev/mapper/logged")
+    device = map_device("logged", "log-writes", LOG)
+    run(*EXT4, device)
     at = Path("/tmp/disk")
     at.mkdir()
-    run("mount", "/dev/mapper/logged", str(at))
+    run("mount", device, str(at))
     os.sync()
 
     def mark(text: str) -> None:
@@ -131,7 +146,7 @@ def record(words: dict[str, str]) -> None:
     for db in handles.values():
         db.close()
     run("umount", str(at))
-    run("dmsetup", "remove", "logged")
+    run("dmsetup", "remove", "--noudevsync", "logged")
     os.sync()
     report(recorded=kinds)
 
@@ -175,8 +190,7 @@ def torn(found: list[writelog.Entry], point: writelog.Point, rng: np.random.Gene
 
 def checked(words: dict[str, str], number: int, kind: str, log: int, more: list[Any]) -> None:
     """Check the stores on a copy of the disk as it is, with `more` written to it, in a process of its own."""
-    sectors = int(Path("/sys/block/vdc/size").read_text())
-    run("dmsetup", "create", "copy", "--noudevsync", "--table", f"0 {sectors} snapshot {DISK} {SPARE} N 8")
+    device = map_device("copy", "snapshot", SPARE, "N", "8")
     try:
         if child := os.fork():
             _, status = os.waitpid(child, 0)
@@ -184,26 +198,26 @@ def checked(words: dict[str, str], number: int, kind: str, log: int, more: list[
                 report(moment=number, kind=kind, store="all", lost=f"the checking process ended with status {status}")
             return
         try:
-            check_copy(words, number, kind, log, more)
+            check_copy(words, number, kind, log, more, device)
         except BaseException as error:
             report(moment=number, kind=kind, store="all", lost=described(error))
         os._exit(0)
     finally:
         subprocess.run(["umount", "/tmp/copy"], check=False, stderr=subprocess.DEVNULL)
-        run("dmsetup", "remove", "--retry", "copy")
+        run("dmsetup", "remove", "--noudevsync", "--retry", "copy")
 
 
-def check_copy(words: dict[str, str], number: int, kind: str, log: int, more: list[Any]) -> None:
+def check_copy(words: dict[str, str], number: int, kind: str, log: int, more: list[Any], device: str) -> None:
     began = time.monotonic()
     if more:
-        device = os.open("/dev/mapper/copy", os.O_RDWR)
+        to = os.open(device, os.O_RDWR)
         for entry, sectors in more:
-            writelog.apply(log, entry, device, sectors)
-        os.fsync(device)
-        os.close(device)
+            writelog.apply(log, entry, to, sectors)
+        os.fsync(to)
+        os.close(to)
     at = Path("/tmp/copy")
     at.mkdir(exist_ok=True)
-    run("mount", "-t", "ext4", "/dev/mapper/copy", str(at))
+    run("mount", "-t", "ext4", device, str(at))
     further = 0
     for store in stores(words, disk=at):
         before = store.steps
@@ -211,7 +225,7 @@ def check_copy(words: dict[str, str], number: int, kind: str, log: int, more: li
             reopened(store).close()
         except Exception as error:
             report(moment=number, kind=kind, store=store.name, steps=before, lost=described(error))
-        further += store.steps - before
+        further += store.steps - max(before, 1)
     report(moment=number, kind=kind, further=further, writes=len(more), seconds=round(time.monotonic() - began, 2))
 
 

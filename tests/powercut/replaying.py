@@ -25,7 +25,7 @@ def replay_log(command: Command, work: Path, steps: int, guests: int) -> Outcome
     disk, log = machine.blank(work / "logged.img", DISK_MIB), machine.blank(work / "log.img", LOG_MIB)
     hardware = ["-m", "2G", *_drive(disk), *_drive(log)]
     recorded: dict[str, int] = {}
-    with machine.Machine(command("record", {"steps": str(steps)}, hardware), show=False) as guest:
+    with machine.Machine(command("record", {"steps": str(steps)}, hardware), work / "console.log") as guest:
         for said in _reports(guest, RECORDING, outcome):
             recorded = said.get("recorded", recorded)
     if not recorded:
@@ -38,7 +38,7 @@ def replay_log(command: Command, work: Path, steps: int, guests: int) -> Outcome
         disk, spare = (machine.blank(work / f"{name}-{part}.img", mib) for name, mib in _DISKS)
         more = {"part": str(part), "parts": str(guests)}
         hardware = ["-m", "1G", *_drive(disk), *_drive(log, ",readonly=on"), *_drive(spare)]
-        with machine.Machine(command("replay", more, hardware), show=False) as guest:
+        with machine.Machine(command("replay", more, hardware), work / f"console-{part}.log") as guest:
             for said in _reports(guest, REPLAYING, outcome):
                 told[part].append(said)
                 if "lost" in said:

@@ -2,9 +2,9 @@
 
 ``python tests/powercut/run.py [--cuts N] [--steps N] [--only cuts|replay] [--prove] [--seed N]``, as root. Two parts:
 
-*cuts*: the guest changes stores of the backends arena, files and lmdb on ext4 on a disk and on ext4 ``dax=always`` on an
-NVDIMM, and reports each acknowledged step over its serial line. The emulator is killed at a random moment (SIGKILL: the
-guest's memory is gone), booted again, and every store is compared with what was acknowledged: ids, bytes, keys, searches.
+*cuts*: the guest changes stores of the backends arena, files and lmdb on ext4 on a disk and on ext4 ``dax=always`` on
+an NVDIMM, and reports each acknowledged step over its serial line. The emulator is killed at a random moment (SIGKILL:
+the guest's memory is gone), booted again, and every store compared with what was acknowledged: ids, bytes, keys.
 This shows that nothing acknowledged was still in the guest's page cache. It cannot show a FLUSH or a write-back of the
 processor's cache that is missing: what the guest wrote to its devices stays in this machine's memory (the disks are
 attached with ``cache=unsafe``, as nothing here depends on it).
@@ -28,8 +28,7 @@ import sys
 import time
 from pathlib import Path
 
-HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE.parent / "dax"), str(HERE)]
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "dax"))
 
 import image
 import machine
@@ -41,7 +40,7 @@ from replaying import replay_log
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cuts", type=int, default=20, help="how often the power goes")
-    parser.add_argument("--steps", type=int, default=46, help="steps of each store that are logged; two of three are puts")
+    parser.add_argument("--steps", type=int, default=46, help="steps of each store to log; two of three are puts")
     parser.add_argument("--guests", type=int, default=min(4, os.cpu_count() or 1), help="that replay side by side")
     parser.add_argument("--only", choices=("cuts", "replay"), help="one part")
     parser.add_argument("--prove", action="store_true", help="stores that do not flush: losses must be found")
@@ -59,6 +58,8 @@ def main() -> int:
     except image.Missing as error:
         print(f"make powercut cannot run here: {error}", file=sys.stderr)
         return 2
+    for log in arguments.work.glob("console*.log"):
+        log.unlink()
     tree = machine.pack(arguments.work / "tree.tar", "tests/powercut")
     print(f"seed {arguments.seed}{', stores that do not flush' if arguments.prove else ''}", flush=True)
     words = {"seed": str(arguments.seed), "relaxed": "yes" if arguments.prove else "no"}

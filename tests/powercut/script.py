@@ -152,17 +152,23 @@ class Store:
         ids = np.array(sorted(self.live), np.int64)
         if self._shown(db) != (self.next_id, ids.tolist()) or len(db) != len(ids):
             raise Lost(f"ids {self._shown(db)}, expected next {self.next_id} and {len(ids)} records")
-        counts = {name: n for name, n in db.namespaces().items() if n}
-        expected = {name: 0 for _, _, name in self.live.values()}
-        for batch, keys, values, name in self._batches():
-            expected[name] += len(batch)
-            assert_same_bytes(db.multiget(batch), values)
-            assert_same_bytes(db.keys(batch), keys)
-            found = db.search(keys, namespace=name).ids[:, 0]
-            if not np.array_equal(found, batch):
-                raise Lost(f"search by the keys of {batch.tolist()} in {name!r} found {found.tolist()}")
-        if counts != expected:
-            raise Lost(f"records by namespace {counts}, expected {expected}")
+        batches = list(self._batches())
+        for namespace in NAMESPACES:
+            of_it = [(ids, keys) for ids, keys, _, name in batches if name == namespace]
+            wanted, keys = (np.concatenate(parts) for parts in zip(*of_it, strict=True)) if of_it else (ids[:0], None)
+            if not np.array_equal(db.ids(namespace), np.sort(wanted)):
+                raise Lost(f"namespace {namespace!r} holds {db.ids(namespace).tolist()}, expected {wanted.tolist()}")
+            if keys is not None:
+                found = db.search(keys, namespace=namespace).ids[:, 0]
+                if not np.array_equal(found, wanted):
+                    raise Lost(f"{np.sum(found != wanted)} of {len(wanted)} searches in {namespace!r} found another id")
+        if batches:
+            ids, keys, values, _ = zip(*batches, strict=True)
+            everything = np.concatenate(ids)
+            assert_same_bytes(db.multiget(everything), np.concatenate(values))
+            assert_same_bytes(db.keys(everything), np.concatenate(keys))
+            with db.multiget_mapped(everything) as batch:
+                assert_same_bytes(batch.numpy(), np.concatenate(values))
         if problems := db.verify():
             raise Lost(f"verify: {len(problems)} problems, the first: {problems[0]}")
 
@@ -173,7 +179,7 @@ class Store:
             by_step.setdefault(step, []).append(id)
         for step, ids in by_step.items():
             rows = [self.live[id][1] for id in ids]
-            n = max(rows) + 1
+            n = max(rows) + 1  # what is drawn for fewer rows is what the first of more are
             keys, values = self.keys(step, n)[rows], self.values(step, n)[rows]
             yield np.array(ids, np.int64), keys, values, self.live[ids[0]][2]
 

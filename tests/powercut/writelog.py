@@ -1,7 +1,7 @@
 """The log that dm-log-writes keeps of a device, read back: what was durable, in which order, at which moment.
 
-The target writes down a write only when a FLUSH that covers it (or the write itself, with FUA) was completed, and a mark
-when it is told to. So the entries up to a place in the log are just what a device that loses its cache has at that
+The target logs a write only when a FLUSH that covers it (or the write itself, with FUA) was completed, and a mark when
+it is told to. So the entries up to a place in the log are just what a device that loses its cache has at that
 moment. Its format (drivers/md/dm-log-writes.c): a sector with magic number, version, number of entries and size of a
 sector; then each entry, a sector of four numbers and, where it is a mark, its text, followed by the data written.
 """
