@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,11 @@ def _drive(path: Path, more: str = "") -> list[str]:
     return ["-drive", f"file={path},if=virtio,format=raw,cache=unsafe{more}"]
 
 
-def replay_log(command: Command, work: Path, steps: int, guests: int) -> Outcome:
-    """Log so many steps of each store, and check every moment of the log in `guests` machines side by side."""
+def replay_log(command: Command, work: Path, steps: int, guests: int, words: dict[str, str] | None) -> Outcome:
+    """Log so many steps of each store, and check every moment of the log in `guests` machines side by side.
+
+    With `words`: in so many processes of this machine.
+    """
     outcome = Outcome("replay")
     disk, log = machine.blank(work / "logged.img", DISK_MIB), machine.blank(work / "log.img", LOG_MIB)
     hardware = ["-m", "2G", *_drive(disk), *_drive(log)]
@@ -37,14 +41,24 @@ def replay_log(command: Command, work: Path, steps: int, guests: int) -> Outcome
     def go_through(part: int) -> None:
         disk, spare = (machine.blank(work / f"{name}-{part}.img", mib) for name, mib in _DISKS)
         more = {"part": str(part), "parts": str(guests)}
-        hardware = ["-m", "1G", *_drive(disk), *_drive(log, ",readonly=on"), *_drive(spare)]
-        with machine.Machine(command("replay", more, hardware), work / f"console-{part}.log") as guest:
+        if words is None:
+            hardware = ["-m", "1G", *_drive(disk), *_drive(log, ",readonly=on"), *_drive(spare)]
+            process = command("replay", more, hardware)
+        else:
+            # Mounts of a namespace of its own are gone when it ends, however it ends.
+            more |= words | {"disk": str(disk), "log": str(log), "spare": str(spare)}
+            guest_program = str(Path(__file__).with_name("guest.py"))
+            said = [f"{name}={value}" for name, value in more.items()]
+            process = ["unshare", "--mount", sys.executable, guest_program, "replay", *said]
+        with machine.Machine(process, work / f"console-{part}.log") as guest:
             for said in _reports(guest, REPLAYING, outcome):
                 told[part].append(said)
                 if "lost" in said:
                     outcome.lose(said["store"], f"moment {said['moment']}, {said['kind']}: {said['lost']}")
-                elif said.get("kind") == "flushed" and len(told[part]) % 50 == 0:
-                    print(f"guest {part}: moment {said['moment']}", flush=True)
+                elif "moments" in said and not part:
+                    print(f"{said['moments']} moments in {said['entries']} entries", flush=True)
+                elif said.get("kind") == "flushed" and said["moment"] % 50 < guests:
+                    print(f"moment {said['moment']}", flush=True)
         if not any("replayed" in said for said in told[part]):
             outcome.failures.append(f"guest {part} did not come to the end of the log")
 
