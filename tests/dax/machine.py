@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import json
 import re
@@ -72,6 +73,16 @@ def nvdimm(at: Path, mib: int) -> list[str]:
     ]
 
 
+_running: set[subprocess.Popen[bytes]] = set()
+
+
+@atexit.register
+def _cut_all() -> None:
+    """End guests that threads were still reading from: nobody else would."""
+    for guest in list(_running):
+        guest.kill()
+
+
 class Machine:
     """A guest that runs from entering the block to its end, or to `cut`.
 
@@ -97,6 +108,7 @@ class Machine:
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
+        _running.add(self._guest)
         assert self._guest.stdout is not None
         self._out = self._guest.stdout
         self._ready = selectors.DefaultSelector()
@@ -114,6 +126,7 @@ class Machine:
         """Pull the plug: SIGKILL, so nothing of the guest's memory is written anywhere."""
         self._guest.kill()
         self._guest.wait()
+        _running.discard(self._guest)
 
     def reports(self, seconds: float) -> Iterator[dict[str, Any]]:
         """Yield what the guest reports, until it has ended and all was read; a line that is not whole is none.

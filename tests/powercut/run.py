@@ -11,8 +11,9 @@ attached with ``cache=unsafe``, as nothing here depends on it).
 
 *replay*: the disk lies under dm-log-writes, which logs writes as they became durable, and a mark after each
 acknowledged step. The disk is then put together as it was at every moment of the log (each FLUSH, each FUA write, each
-mark), the journal of ext4 replayed by mounting, and every store compared with the marks before that moment; and once
-more with a random part of the writes that were under way (some of them torn). This does show missing flushes.
+mark), on this machine where it has loop devices, else in a guest. Mounting replays ext4's journal, and every store is
+compared with the marks before that moment; and once more with a random part of the writes that were under way, some of
+them torn. This does show missing flushes.
 
 ``--prove``: both parts with stores that were told not to flush (``durability=``), which must be found to lose records;
 exits nonzero if they do not.
@@ -41,10 +42,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cuts", type=int, default=20, help="how often the power goes")
     parser.add_argument("--steps", type=int, default=46, help="steps of each store to log; two of three are puts")
-    parser.add_argument(
-        "--here", action="store_true", help="replay on this machine, by loop mounts: ten times as quick"
-    )
-    parser.add_argument("--guests", type=int, default=min(4, os.cpu_count() or 1), help="that replay side by side")
+    where = "host" if Path("/dev/loop-control").exists() else "guest"
+    parser.add_argument("--replay-in", choices=("host", "guest"), default=where, help="host: loop mounts, far quicker")
+    parser.add_argument("--jobs", type=int, default=min(4, os.cpu_count() or 1), help="replays side by side")
     parser.add_argument("--only", choices=("cuts", "replay"), help="one part")
     parser.add_argument("--prove", action="store_true", help="stores that do not flush: losses must be found")
     parser.add_argument("--seed", type=int, default=20250601, help="of what is written, and of the moments")
@@ -76,8 +76,8 @@ def main() -> int:
     if arguments.only != "replay":
         outcomes.append(cut_often(command, arguments.work, arguments.cuts, arguments.seed))
     if arguments.only != "cuts":
-        here = words if arguments.here else None
-        outcomes.append(replay_log(command, arguments.work, arguments.steps, arguments.guests, here))
+        here = words if arguments.replay_in == "host" else None
+        outcomes.append(replay_log(command, arguments.work, arguments.steps, arguments.jobs, here))
     return summary(outcomes, arguments.work, arguments.prove, time.monotonic() - began)
 
 
