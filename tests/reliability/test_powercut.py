@@ -7,6 +7,7 @@ import struct
 import numpy as np
 import pytest
 from powercut import writelog
+from powercut.outcome import Outcome
 from powercut.script import Lost, Store, advanced, reopened
 
 import memodb
@@ -130,3 +131,18 @@ def test_wrong_byte_is_found(written):
     assert flip_stored_byte(store.path, store.values(step, row + 1)[row], 100), id
     with pytest.raises((Lost, AssertionError, memodb.CorruptionError)):
         reopened(known(store.steps))
+
+
+def test_a_loss_fails_the_run_and_is_what_a_proof_must_have():
+    outcome = Outcome("cuts", stores={"arena-disk": "", "lmdb-disk": "", "arena-dax": ""})
+    assert outcome.is_good(prove=False)
+    assert not outcome.is_good(prove=True)
+    outcome.lose("arena-disk", "a batch")
+    assert not outcome.is_good(prove=False)
+    assert not outcome.is_good(prove=True), "one store was not found to lose"
+    outcome.lose("lmdb-disk", "a batch")
+    assert outcome.is_good(prove=True)
+    assert [row[2] for row in outcome.rows(prove=False)].count("FAILED") == 2
+    outcome.failures.append("the guest ended")
+    assert not outcome.is_good(prove=True)
+    assert not Outcome("nothing was seen").is_good(prove=False)
