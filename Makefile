@@ -4,6 +4,7 @@
 #   make test    the test suite                    (PYTEST_ARGS="-k search -x")
 #   make torture     crashes, faults, damage, limits, concurrency, fuzzing (MINUTES=30)
 #   make dax-test    the same on a DAX mount, in a virtual machine: 5 minutes, as root (docs/dax.md)
+#   make powercut CUTS=20    the power goes while stores are written, in a virtual machine: half an hour, as root
 #   make check   style, types, room rules, wheel
 #   make bench   benchmarks, half an hour and more (BENCH_ARGS=benchmarks/test_put.py)
 #   make bench-quick    a subset, 3 minutes
@@ -13,6 +14,8 @@
 PYTHON ?= python3
 DEMO_ARGS ?=
 PYTEST_ARGS ?=
+CUTS ?= 20
+POWERCUT_ARGS ?=
 BENCH_ARGS ?= benchmarks
 MINUTES ?= 30
 
@@ -23,10 +26,10 @@ BENCH = $(BIN)/python -m pytest -q --benchmark-columns=median,iqr,rounds --bench
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test torture dax-test check bench bench-quick bench-report clean
+.PHONY: help demo test torture dax-test powercut check bench bench-quick bench-report clean
 
 help:
-	@sed -n 's/^# \{0,1\}//p' Makefile | head -12
+	@sed -n 's/^# \{0,1\}//p' Makefile | head -13
 
 # A half-made environment is never taken for a ready one: the stamp is written last.
 $(READY): pyproject.toml constraints.txt
@@ -47,6 +50,9 @@ torture: $(READY)
 
 dax-test: $(READY)
 	$(BIN)/python tests/dax/run.py
+
+powercut: $(READY)
+	$(BIN)/python tests/powercut/run.py --cuts $(CUTS) $(POWERCUT_ARGS)
 
 check: $(READY)
 	$(BIN)/ruff check
