@@ -475,10 +475,14 @@ class MemoDB(Handle):
         self._check_open()
         check_strategy(strategy)
         wanted = arguments.as_ids(ids).copy()
-        seen = self._catalog.transaction()
-        source = self._source(self._catalog.locators(wanted, seen), seen)
-        # One thread: the others belong to what is computed meanwhile.
-        self._prefetched.start(wanted, strategy, lambda: gather_batch(source, self._spec, wanted, strategy, threads=1))
+
+        def start(source: Source) -> None:
+            # One thread: the others belong to what is computed meanwhile.
+            self._prefetched.start(
+                wanted, strategy, lambda: gather_batch(source, self._spec, wanted, strategy, threads=1)
+            )
+
+        self._gathered(wanted, start)
 
     def search(
         self, keys: Any, k: int = 1, *, namespace: str | Sequence[str] = "", max_distance: float | None = None

@@ -21,7 +21,7 @@ import lmdb
 
 from memodb.errors import ClosedError, CorruptionError, MemoDBError, StoreFullError
 from memodb.lmdb_errors import MAX_READERS, full, translated
-from memodb.lock import lock_bytes
+from memodb.lock import hold_for_fork, lock_bytes, release_after_fork, wait_for_fork
 
 #: A map that the system does not grant is halved, down to this size.
 _MIN_MAP_SIZE = 1 << 28
@@ -487,18 +487,23 @@ class Environment:
         while True:
             cls._registry_lock.acquire()
             cls._fork_gates = ExitStack()
-            busy = next((env for env in cls._shared.values() if not env._hold_for_fork(cls._fork_gates)), None)
-            if busy is None:
+            # A list: a garbage collection in here may close a database, and so take one out.
+            busy = next((env for env in list(cls._shared.values()) if not env._hold_for_fork(cls._fork_gates)), None)
+            if busy is None and hold_for_fork():
+                cls._fork_gates.callback(release_after_fork)
                 return
             cls._fork_gates.close()
             cls._registry_lock.release()
-            with busy._alone():  # until whoever is in there is done
-                pass
+            if busy is None:
+                wait_for_fork()
+            else:
+                with busy._alone():  # until whoever is in there is done
+                    pass
 
     @classmethod
     def _after_fork_in_parent(cls) -> None:
         cls._forking -= 1
-        for env in cls._shared.values():
+        for env in list(cls._shared.values()):
             env._quiet.notify_all()
         cls._fork_gates.close()
         cls._registry_lock.release()
@@ -506,7 +511,7 @@ class Environment:
     @classmethod
     def _after_fork_in_child(cls) -> None:
         cls._forking = 0
-        for env in cls._shared.values():
+        for env in list(cls._shared.values()):
             env._close()
             env._read_gate, env._write_gate = threading.RLock(), threading.RLock()
             env._quiet = threading.Condition(env._read_gate)
