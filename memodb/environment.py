@@ -27,6 +27,9 @@ from memodb.lock import hold_for_fork, lock_bytes, release_after_fork, wait_for_
 _MIN_MAP_SIZE = 1 << 28
 #: Where the map grows with the file: how many times the file it is when the file is opened.
 _MAP_PER_FILE = 4
+#: After so many write transactions one looks for readers that were killed: no page that such a one might see is used
+#: again, and the file would grow with every commit.
+_READERS_EACH = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +89,7 @@ class Environment:
         self._quiet = threading.Condition(self._read_gate)
         self._long_reads: set[object] = set()
         self._wanted_alone = 0
+        self._writes = 0
         self._env: lmdb.Environment | None = None
         self._guard = -1
 
@@ -337,9 +341,11 @@ class Environment:
     @contextmanager
     def read(self) -> Iterator[lmdb.Transaction]:
         """Open a short read transaction; what it returns are buffers that die with it."""
-        with self._read_gate, self._translated(), self.handle.begin(buffers=True) as txn:
-            self._hold_reader()
-            yield txn
+        with self._read_gate, self._translated():
+            handle = self.handle
+            self._hold_reader()  # first: somebody may look for dead readers at any moment
+            with handle.begin(buffers=True) as txn:
+                yield txn
 
     @contextmanager
     def long_read(self) -> Iterator[lmdb.Transaction]:
@@ -358,8 +364,9 @@ class Environment:
                                 self._quiet.wait()
                             # A set and not a count: an interrupt may come between any two of these.
                             self._long_reads.add(mark)
-                            begun = self.handle.begin(buffers=True)
+                            handle = self.handle
                             self._hold_reader()
+                            begun = handle.begin(buffers=True)
                     except lmdb.MapResizedError:
                         self._long_reads.discard(mark)
                         self._set_map(0)
@@ -390,6 +397,9 @@ class Environment:
         with self._write_gate, self._translated():
             with self._read_gate:
                 handle = self.handle
+                self._writes += 1
+                if self._writes % _READERS_EACH == 0:
+                    handle.reader_check()
                 if grows and not self._pad(more):
                     raise self._full(OSError("its file system is full"))
             try:

@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -48,3 +50,87 @@ def test_every_page_that_readers_see_is_stamped(readers, shm, shared_backend):
     assert figures["pages"] > figures["gathers"]
     figures["pages"] += pages
     effort.report("concurrency", backend=shared_backend["backend"], turns=writer.turns, **figures)
+
+
+FREED = """
+import os, signal, sys, memodb
+from stamps import DTYPE, SHAPE, check, stamped
+import numpy as np
+
+place, backend, settings = sys.argv[1], sys.argv[2], eval(sys.argv[3])
+
+def used():
+    found = os.statvfs(place)
+    return (found.f_blocks - found.f_bfree) * found.f_frsize
+
+with memodb.MemoDB.create(place + "/store", shape=SHAPE, dtype=DTYPE, backend=backend, **settings) as db:
+    ids = np.arange(1024)
+    db.put(stamped(ids, 0 * ids))
+    full = used()
+    ready, told = os.pipe()
+    reader = os.fork()
+    if reader == 0:
+        mine = memodb.MemoDB.open(place + "/store")
+        held = mine.multiget_mapped(ids, "map" if backend in ("arena", "files") else "copy")
+        check(held.numpy(), ids, 0 * ids)
+        os.write(told, b"x")
+        signal.pause()
+    os.read(ready, 1)
+    db.delete(ids[1:])
+    db.compact()
+    if backend in ("arena", "files"):
+        assert used() > full - (4 << 20), "held elsewhere: the memory is still there"
+    os.kill(reader, signal.SIGKILL)
+    os.waitpid(reader, 0)
+    db.compact()  # where the catalog's pages of before are given back as well
+    assert used() < full - 1000 * 16384 + (4 << 20), (full, used())
+    check(db.multiget(ids[:1]), ids[:1], 0 * ids[:1])
+    assert db.verify() == []
+print("ok")
+"""
+
+
+def test_what_a_killed_reader_held_is_free_again(disk, shared_backend, monkeypatch):
+    """On a file system of its own: what no process maps any more takes no memory there."""
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([os.path.dirname(stamped.__code__.co_filename), *_paths()]))
+    settings = {name: value for name, value in shared_backend.items() if name != "backend"}
+    if shared_backend["backend"] == "zarr":
+        settings["codec"] = "none"
+    wrapper = private_mount(disk / "small", "tmpfs", "size=96m")
+    done = run_program(disk, FREED, disk / "small", shared_backend["backend"], settings, wrapper=wrapper)
+    assert done == "ok\n"
+
+
+def _paths():
+    found = os.environ.get("PYTHONPATH")
+    return [found] if found else []
+
+
+IN_A_TRANSACTION = """
+import sys, memodb
+db = memodb.MemoDB.open(sys.argv[1])
+with db._catalog._env.read() as txn:
+    next(iter(txn.cursor()))
+    print("inside", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_a_reader_killed_in_a_transaction_does_not_make_the_catalog_grow_for_ever(shm):
+    """LMDB keeps all pages that a reader may see; of one that is dead it has to be told."""
+    with memodb.MemoDB.create(shm / "store", **STORE, **SHARED["arena"]) as db:
+        writer = Writer(db)
+        for _ in range(40):
+            writer.turn(keep=48)
+        with subprocess.Popen(
+            [sys.executable, "-c", IN_A_TRANSACTION, str(shm / "store")], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        ) as reader:
+            assert reader.stdout.readline() == b"inside\n"
+            reader.kill()
+        writer.turn(keep=48)
+        before = folder_bytes(shm / "store" / "catalog")
+        for _ in range(effort.count(300, 4000)):
+            writer.turn(keep=48)
+        after = folder_bytes(shm / "store" / "catalog")
+        assert after < 2 * before + (4 << 20), f"from {before} to {after} bytes"
+        writer.check()
