@@ -67,6 +67,18 @@ class Peer:
 
         return stamps.watch(path, until, seed)
 
+    def write(self, path: str, until: str) -> int:
+        import os
+
+        import stamps
+
+        with memodb.MemoDB.open(path, mode="r+") as db:
+            writer = stamps.Writer(db)
+            while not os.path.exists(until):
+                writer.turn()
+            writer.check()
+        return writer.turns
+
     def ids(self) -> list[int]:
         found: list[int] = self.db.ids().tolist()
         return found

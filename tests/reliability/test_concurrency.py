@@ -17,8 +17,12 @@ from stamps import DTYPE, SHAPE, Writer, check, folder_bytes, stamped
 import memodb
 
 STORE = {"shape": SHAPE, "dtype": DTYPE, "key_dim": 2}
-#: Some wait for a stopped process; the kernel tells in this file when it stands.
-STOPPED = "T"
+
+
+def with_helpers(monkeypatch):
+    """Let programs of their own import what lies beside the tests."""
+    places = [os.path.dirname(stamped.__code__.co_filename), os.environ.get("PYTHONPATH", "")]
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, places)))
 
 
 @pytest.fixture(scope="module")
@@ -92,18 +96,13 @@ print("ok")
 
 def test_what_a_killed_reader_held_is_free_again(disk, shared_backend, monkeypatch):
     """On a file system of its own: what no process maps any more takes no memory there."""
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([os.path.dirname(stamped.__code__.co_filename), *_paths()]))
+    with_helpers(monkeypatch)
     settings = {name: value for name, value in shared_backend.items() if name != "backend"}
     if shared_backend["backend"] == "zarr":
         settings["codec"] = "none"
     wrapper = private_mount(disk / "small", "tmpfs", "size=96m")
     done = run_program(disk, FREED, disk / "small", shared_backend["backend"], settings, wrapper=wrapper)
     assert done == "ok\n"
-
-
-def _paths():
-    found = os.environ.get("PYTHONPATH")
-    return [found] if found else []
 
 
 IN_A_TRANSACTION = """
@@ -134,3 +133,206 @@ def test_a_reader_killed_in_a_transaction_does_not_make_the_catalog_grow_for_eve
         after = folder_bytes(shm / "store" / "catalog")
         assert after < 2 * before + (4 << 20), f"from {before} to {after} bytes"
         writer.check()
+
+
+def state_of(pid):
+    """Return the state of a process as the kernel sees it, e.g. "T" for stopped."""
+    with open(f"/proc/{pid}/stat") as stat:
+        return stat.read().rpartition(")")[2].split()[0]
+
+
+def test_a_writer_stopped_anywhere_is_not_robbed(readers, shm, shared_backend):
+    """Stopped in the middle of whatever it does: nobody else writes, everybody reads, and it goes on as if nothing was."""
+    random = np.random.default_rng(0)
+    store, until = shm / "store", shm / "over"
+    memodb.MemoDB.create(store, **STORE, **shared_backend).close()
+    writer, reader = readers[:2]
+    writer.tell("write", path=str(store), until=str(until))
+    with memodb.MemoDB.open(store) as db:
+        while not len(db):
+            assert not writer.answered(), writer.answer()
+        for _ in effort.rounds(6, 0.01):
+            for _ in range(random.integers(0, 20)):  # reads on, so that it stops somewhere else each time
+                len(db)
+            os.kill(writer.pid, signal.SIGSTOP)
+            try:
+                while state_of(writer.pid) != "T":
+                    pass
+                with pytest.raises(memodb.WriterLockedError, match=str(writer.pid)):
+                    memodb.MemoDB.open(store, mode="r+")
+                ids = db.ids()
+                check(db.multiget(ids), ids, db.keys(ids)[:, 1].astype(np.int64))
+                assert reader.ask("open", path=str(store)) == len(ids)
+                assert reader.ask("ids") == ids.tolist()
+                reader.ask("close")
+            finally:
+                os.kill(writer.pid, signal.SIGCONT)
+    until.touch()
+    assert writer.answer() > 0
+    with memodb.MemoDB.open(store, mode="r+") as db:
+        assert db.verify() == []
+
+
+FORK_AND_COLLECTION = """
+import gc, os, sys, threading, time
+import memodb
+from memodb import lock
+from memodb.environment import Environment
+
+path, other = sys.argv[1:]
+for at in (path, other):
+    memodb.MemoDB.create(at, shape=(1,), dtype="int8").close()
+gc.disable()
+entered = threading.Event()
+lock_bytes, main = lock.lock_bytes, threading.get_ident()
+
+def inside(*arguments, **options):
+    # Here a thread has begun to take a writer's lock. A garbage collection comes along, and closes a database.
+    lock_bytes(*arguments, **options)
+    entered.set()
+    for _ in range(200):
+        if not Environment._registry_lock.acquire(blocking=False):
+            break  # the fork holds it
+        Environment._registry_lock.release()
+        time.sleep(0.001)
+    gc.collect()
+
+def write():
+    lock.lock_bytes = inside
+    memodb.MemoDB.open(path, mode="r+").close()
+
+cycle = [memodb.MemoDB.open(other)]
+cycle.append(cycle)
+del cycle
+thread = threading.Thread(target=write)
+thread.start()
+entered.wait()
+child = os.fork()
+if child == 0:
+    os._exit(0)
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+thread.join()
+print("ok")
+"""
+
+
+def test_a_fork_does_not_wait_for_what_waits_for_it(shm):
+    """A thread that takes a writer's lock is interrupted by a garbage collection, while another one forks."""
+    assert run_program(shm, FORK_AND_COLLECTION, shm / "one", shm / "two", timeout=60) == "ok\n"
+
+
+@pytest.mark.parametrize("backend", ["arena", "files", "lmdb", "zarr", "memory"])
+def test_eight_threads_gather_release_and_close_under_each_other(shm, backend):
+    """Each opens, gathers, keeps, releases and closes; whoever is late gets ClosedError, and no batch changes."""
+    figures = {"gathers": 0, "pages": 0, "closed": 0}
+    counting = threading.Lock()
+    path, ids = shm / "store", np.arange(64)
+    with memodb.MemoDB.create(path, **STORE, backend=backend, **SHARED.get(backend, {})) as db:
+        db.put(stamped(ids, ids), np.zeros((64, 2)))
+        shared = [memodb.MemoDB.open(path) for _ in range(3)]
+
+        def work(seed):
+            random = np.random.default_rng(seed)
+            held, mine = [], dict.fromkeys(figures, 0)
+            for _ in range(effort.count(40, 2000)):
+                place = random.integers(0, 3)
+                wanted = random.integers(0, 64, random.integers(1, 32))
+                try:
+                    batch = shared[place].multiget_mapped(wanted)
+                    shared[place].search(np.zeros((1, 2)))
+                    shared[place].prefetch(wanted[::-1])
+                except memodb.ClosedError:
+                    mine["closed"] += 1
+                    shared[place] = memodb.MemoDB.open(path)
+                    continue
+                mine["gathers"] += 1
+                held.append((batch, batch.numpy(), wanted))
+                del batch
+                if len(held) > 4:
+                    batch, view, wanted = held.pop(random.integers(0, 4))
+                    mine["pages"] += check(view, wanted, wanted)
+                    with pytest.raises(BufferError):
+                        batch.release()
+                    del view
+                    batch.release()
+                if random.random() < 0.1:
+                    shared[place].close()
+            for _, view, wanted in held:
+                mine["pages"] += check(view, wanted, wanted)
+            with counting:
+                for name, count in mine.items():
+                    figures[name] += count
+
+        with ThreadPoolExecutor(8) as pool:
+            for job in [pool.submit(work, seed) for seed in range(8)]:
+                job.result()
+        for handle in shared:
+            handle.close()
+        assert db.verify() == []
+    assert figures["closed"] > 0
+    assert figures["gathers"] > figures["closed"]
+    effort.report("threads", backend=backend, **figures)
+
+
+CHILDREN = """
+import multiprocessing, os, sys
+import numpy as np
+import memodb
+from stamps import DTYPE, SHAPE, check, stamped
+
+def child(db, wanted, pipe):
+    try:
+        with db.multiget_mapped(wanted) as batch:
+            check(batch.numpy(), wanted, wanted)
+        pipe.send("right")
+    except BaseException as error:
+        pipe.send(repr(error))
+
+def main():
+    path, backend, rounds = sys.argv[1], sys.argv[2], int(sys.argv[3])
+    ids = np.arange(64)
+    with memodb.MemoDB.create(path, shape=SHAPE, dtype=DTYPE, backend=backend) as db:
+        db.put(stamped(ids, ids))
+        for turn in range(rounds):
+            held = [(db.multiget_mapped(wanted), wanted) for wanted in (ids[::-1], ids[::3], ids[turn % 64 :])]
+            before = [batch.numpy() for batch, _ in held]
+            processes = []
+            for method in ("fork", "spawn"):
+                context = multiprocessing.get_context(method)
+                for wanted in (ids[1::2], ids[::-2]):
+                    here, there = context.Pipe()
+                    process = context.Process(target=child, args=(db, wanted, there))
+                    process.start()
+                    processes.append((process, here))
+            batch = db.multiget_mapped(ids)  # and meanwhile the parent goes on
+            for process, pipe in processes:
+                assert pipe.recv() == "right"
+                process.join()
+                assert process.exitcode == 0, process.exitcode
+            check(batch.numpy(), ids, ids)
+            for view, (_, wanted) in zip(before, held, strict=True):
+                check(view, wanted, wanted)
+            del view, before, batch, held
+    print("ok")
+
+if __name__ == "__main__":
+    main()
+"""
+
+
+@pytest.mark.parametrize("backend", SHARED if effort.is_long() else ["arena"])
+def test_fork_and_spawn_while_batches_are_held(shm, backend, monkeypatch):
+    """Children by both ways gather what they are told to; what the parent holds stays as it was."""
+    with_helpers(monkeypatch)
+    done = run_program(shm, CHILDREN, shm / "store", backend, effort.count(1, 20), timeout=1800)
+    assert done == "ok\n"
+
+
+@pytest.mark.skipif(not effort.is_long(), reason="tests/test_processes.py has the quick ones; make torture has all")
+@pytest.mark.parametrize("backend", SHARED if effort.is_long() else ["arena"])
+@pytest.mark.parametrize("context", ["fork", "spawn"] if effort.is_long() else ["fork"])
+def test_data_loaders_of_four_workers(shm, context, backend):
+    from test_processes import WORKERS
+
+    pytest.importorskip("torch")
+    assert run_program(shm, WORKERS, shm, context, "r+", backend) == "ok\n"
