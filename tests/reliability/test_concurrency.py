@@ -11,18 +11,12 @@ import effort
 import numpy as np
 import pytest
 from conftest import SHARED, Peer
-from programs import private_mount, run_program
+from programs import private_mount, run_program, with_helpers
 from stamps import DTYPE, SHAPE, Writer, check, folder_bytes, stamped
 
 import memodb
 
 STORE = {"shape": SHAPE, "dtype": DTYPE, "key_dim": 2}
-
-
-def with_helpers(monkeypatch):
-    """Let programs of their own import what lies beside the tests."""
-    places = [os.path.dirname(stamped.__code__.co_filename), os.environ.get("PYTHONPATH", "")]
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, places)))
 
 
 @pytest.fixture(scope="module")
