@@ -6,7 +6,9 @@ from memodb import vm
 from memodb.gather.window import POOL, Pool, Range
 
 #: Address and length of every range that was given back.
-fenced: list[tuple[int, int]] = []
+fenced: dict[int, int] = {}
+#: Addresses of ranges that were given back twice: two batches would have shared them.
+twice: list[int] = []
 
 
 def install() -> None:
@@ -15,7 +17,9 @@ def install() -> None:
     def fence(pool: Pool, owned: Range) -> None:
         pool.vmas -= owned.vmas
         vm.map_nothing(owned.address, owned.nbytes)
-        fenced.append((owned.address, owned.nbytes))
+        if owned.address in fenced:
+            twice.append(owned.address)
+        fenced[owned.address] = owned.nbytes
 
     Pool._sort_in = fence  # type: ignore[method-assign]
     assert not POOL._kept

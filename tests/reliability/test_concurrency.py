@@ -136,7 +136,7 @@ def state_of(pid):
 
 
 def test_a_writer_stopped_anywhere_is_not_robbed(readers, shm, shared_backend):
-    """Stopped in the middle of whatever it does: nobody else writes, everybody reads, and it goes on as if nothing was."""
+    """Stopped in the middle of whatever it does: nobody else writes, everybody reads, and then it goes on."""
     random = np.random.default_rng(0)
     store, until = shm / "store", shm / "over"
     memodb.MemoDB.create(store, **STORE, **shared_backend).close()
