@@ -494,10 +494,12 @@ class MemoDB(Handle):
         self._check_open()
         check_strategy(strategy)
         wanted = arguments.as_ids(ids).copy()
-        seen = self._catalog.transaction()
-        source = self._source(self._catalog.locators(wanted, seen), seen)
-        # One thread: the others belong to what is computed meanwhile.
-        self._prefetched.start(wanted, strategy, lambda: self._batch(source, wanted, strategy, seen, threads=1))
+
+        def start(source: Source, seen: int) -> None:
+            # One thread: the others belong to what is computed meanwhile.
+            self._prefetched.start(wanted, strategy, lambda: self._batch(source, wanted, strategy, seen, threads=1))
+
+        self._gathered(wanted, start)
 
     def _batch(
         self, source: Source, wanted: Ids, strategy: Strategy, seen: int, *, threads: int | None = None

@@ -23,7 +23,7 @@ from memodb.errors import ClosedError, CorruptionError, MemoDBError, StoreFullEr
 from memodb.lmdb_errors import MAX_READERS, full, translated
 from memodb.lmdb_guard import PageGuard
 from memodb.lmdb_looks import Looking
-from memodb.lock import lock_bytes
+from memodb.lock import hold_for_fork, lock_bytes, release_after_fork, wait_for_fork
 
 #: A map that the system does not grant is halved, down to this size.
 _MIN_MAP_SIZE = 1 << 28
@@ -31,6 +31,9 @@ _MIN_MAP_SIZE = 1 << 28
 _BEGINNINGS = 1000
 #: Where the map grows with the file: how many times the file it is when the file is opened.
 _MAP_PER_FILE = 4
+#: After so many write transactions one looks for readers that were killed: no page that such a one might see is used
+#: again, and the file would grow with every commit.
+_READERS_EACH = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +93,7 @@ class Environment:
         self._quiet = threading.Condition(self._read_gate)
         self._long_reads: set[object] = set()
         self._wanted_alone = 0
+        self._writes = 0
         self._env: lmdb.Environment | None = None
         self._presence = -1
         self._pages: PageGuard | None = None
@@ -217,15 +221,16 @@ class Environment:
     def _look_at_pages(self) -> None:
         assert self._env is not None
         assert self._pages is not None
+        self._hold_reader()
         with self._env.begin() as txn:
-            self._hold_reader()
             self._pages.open(txn.id())
 
     def _begin(self) -> lmdb.Transaction:
         """Begin a read transaction, in which LMDB follows no page that was not checked; with the read gate in hand."""
         for _ in range(_BEGINNINGS):
-            txn = self.handle.begin(buffers=True)
-            self._hold_reader()
+            handle = self.handle
+            self._hold_reader()  # first: somebody may look for dead readers at any moment
+            txn = handle.begin(buffers=True)
             pages = self._pages
             if pages is None or pages.complete:
                 return txn
@@ -433,6 +438,9 @@ class Environment:
         with self._write_gate, self._translated():
             with self._read_gate:
                 handle = self.handle
+                self._writes += 1
+                if self._writes % _READERS_EACH == 0:
+                    handle.reader_check()
                 if grows and not self._pad(more):
                     raise self._full(OSError("its file system is full"))
             try:
@@ -548,18 +556,23 @@ class Environment:
         while True:
             cls._registry_lock.acquire()
             cls._fork_gates = ExitStack()
-            busy = next((env for env in cls._shared.values() if not env._hold_for_fork(cls._fork_gates)), None)
-            if busy is None:
+            # A list: a garbage collection in here may close a database, and so take one out.
+            busy = next((env for env in list(cls._shared.values()) if not env._hold_for_fork(cls._fork_gates)), None)
+            if busy is None and hold_for_fork():
+                cls._fork_gates.callback(release_after_fork)
                 return
             cls._fork_gates.close()
             cls._registry_lock.release()
-            with busy._alone():  # until whoever is in there is done
-                pass
+            if busy is None:
+                wait_for_fork()
+            else:
+                with busy._alone():  # until whoever is in there is done
+                    pass
 
     @classmethod
     def _after_fork_in_parent(cls) -> None:
         cls._forking -= 1
-        for env in cls._shared.values():
+        for env in list(cls._shared.values()):
             env._quiet.notify_all()
         cls._fork_gates.close()
         cls._registry_lock.release()
@@ -567,7 +580,7 @@ class Environment:
     @classmethod
     def _after_fork_in_child(cls) -> None:
         cls._forking = 0
-        for env in cls._shared.values():
+        for env in list(cls._shared.values()):
             env._close()
             env._read_gate, env._write_gate = threading.RLock(), threading.RLock()
             env._quiet = threading.Condition(env._read_gate)

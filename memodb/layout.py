@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import stat
 import tempfile
 import weakref
 from collections.abc import Iterator
@@ -26,6 +27,10 @@ from memodb.lock import WriterLock
 CATALOG, VALUES, INDEX, LOCK = "catalog", "values", "index", "writer.lock"
 #: The path of a store that is not kept.
 MEMORY = ":memory:"
+#: What the directories of such stores are called, before the process id.
+_THROWAWAY = "memodb-memory-"
+#: Where they are, if it can be written.
+SHM = Path("/dev/shm")
 OURS = {CATALOG, VALUES, INDEX, LOCK}
 
 
@@ -150,18 +155,40 @@ def sync(path: Path) -> None:
 class Throwaway:
     """The directory of a store that is gone when it is closed, or when the process ends (path ``":memory:"``).
 
-    A process that is killed leaves it, with the catalog; in /dev/shm, so until the machine is started again.
+    A process that is killed leaves it; the next one of the same user that makes such a store removes it.
     """
 
     def __init__(self) -> None:
-        shm = Path("/dev/shm")
-        parent = shm if os.access(shm, os.W_OK | os.X_OK) else None
-        self.path = Path(tempfile.mkdtemp(prefix=f"memodb-memory-{os.getpid()}-", dir=parent))
+        parent = SHM if os.access(SHM, os.W_OK | os.X_OK) else Path(tempfile.gettempdir())
+        with suppress(OSError):  # tidying up must not keep anybody from working
+            _sweep(parent)
+        self.path = Path(tempfile.mkdtemp(prefix=f"{_THROWAWAY}{os.getpid()}-", dir=parent))
         self._end = weakref.finalize(self, _remove_own, self.path, os.getpid())
 
     def remove(self) -> None:
         """Remove it now."""
         self._end()
+
+
+def _sweep(parent: Path) -> None:
+    """Remove the throwaway stores of this user whose processes were killed.
+
+    The writer's lock tells: the kernel frees it with its holder. Process ids would not do, which mean nothing where
+    another container shares /dev/shm. Whoever is only about to take the lock has not written a word into it yet.
+    """
+    for folder in parent.glob(f"{_THROWAWAY}*"):
+        try:
+            found = folder.lstat()
+            written = (folder / LOCK).lstat()
+            if not stat.S_ISDIR(found.st_mode) or {found.st_uid, written.st_uid} != {os.getuid()}:
+                continue
+            if not stat.S_ISREG(written.st_mode) or not written.st_size:
+                continue
+            lock = WriterLock(folder / LOCK)
+        except (OSError, MemoDBError):  # it lives, or somebody else removes it
+            continue
+        shutil.rmtree(folder, ignore_errors=True)
+        lock.release()
 
 
 def _remove_own(path: Path, pid: int) -> None:

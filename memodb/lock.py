@@ -31,11 +31,28 @@ def _after_fork_in_child() -> None:
     _held.clear()
 
 
-os.register_at_fork(
-    before=lambda: _held_lock.acquire(),  # no descriptor may be between its opening and its entry
-    after_in_parent=lambda: _held_lock.release(),
-    after_in_child=_after_fork_in_child,
-)
+os.register_at_fork(after_in_child=_after_fork_in_child)
+
+
+def hold_for_fork() -> bool:
+    """Keep every descriptor as it is while the process forks, until `release_after_fork`; False if one is changing.
+
+    No descriptor may be between its opening and its entry when the child looks for those to close. Whoever is about to
+    fork has locks in hand that a garbage collection in such a thread may want, so it must not wait here: it lets go of
+    them, and waits in `wait_for_fork`.
+    """
+    return _held_lock.acquire(blocking=False)
+
+
+def release_after_fork() -> None:
+    """Let descriptors change again (in the parent)."""
+    _held_lock.release()
+
+
+def wait_for_fork() -> None:
+    """Wait until no descriptor is changing; with nothing in hand."""
+    with _held_lock:
+        pass
 
 
 def lock_bytes(fd: int, kind: int, start: int, length: int, *, of_process: bool = False) -> None:

@@ -182,8 +182,7 @@ def _copy_part(src: MemoDB, dst: MemoDB, ids: Ids, verify: bool) -> bool:
         names, row_names = arguments.as_namespaces(src._catalog.names_of(rows["namespace"][live]), len(part))
         keys = None if src.key_dim is None else src.keys(part)
         batch = src.multiget_mapped(part)
-    except (RecordNotFoundError, CorruptionError):
-        # Compaction takes the keys of the deleted away, which looks like a damaged key.
+    except RecordNotFoundError:
         if src._catalog.is_live(part).all():
             raise
         return False

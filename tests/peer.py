@@ -62,6 +62,23 @@ class Peer:
         found: list[list[int]] = self.db.search(np.array(keys, np.float32), k, namespace=namespace).ids.tolist()
         return found
 
+    def watch(self, path: str, until: str, seed: int) -> dict[str, int]:
+        import stamps
+
+        return stamps.watch(path, until, seed)
+
+    def write(self, path: str, until: str) -> int:
+        import os
+
+        import stamps
+
+        with memodb.MemoDB.open(path, mode="r+") as db:
+            writer = stamps.Writer(db)
+            while not os.path.exists(until):
+                writer.turn()
+            writer.check()
+        return writer.turns
+
     def ids(self) -> list[int]:
         found: list[int] = self.db.ids().tolist()
         return found
@@ -83,7 +100,7 @@ def main() -> None:
         command = json.loads(line)
         try:
             answer = getattr(peer, command.pop("verb"))(**command)
-        except memodb.MemoDBError as error:
+        except (memodb.MemoDBError, AssertionError) as error:
             answer = {"error": type(error).__name__, "message": str(error)}
         print(json.dumps(answer), flush=True)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -27,7 +28,6 @@ def run_program(folder: Path, text: str, *arguments: Any, wrapper: tuple[str, ..
     try:
         out, err = process.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
-        import os
         import signal
 
         os.killpg(process.pid, signal.SIGKILL)  # its children hang as well
@@ -35,6 +35,12 @@ def run_program(folder: Path, text: str, *arguments: Any, wrapper: tuple[str, ..
         raise AssertionError(f"the program hung for {timeout} s\n{out}\n{err}") from None
     assert process.returncode == 0, f"status {process.returncode}\n{out}\n{err}"
     return out
+
+
+def with_helpers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let programs import what lies beside this file."""
+    places = [os.path.dirname(__file__), os.environ.get("PYTHONPATH", "")]
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, places)))
 
 
 def private_mount(at: Path, kind: str, options: str) -> tuple[str, ...]:

@@ -162,3 +162,23 @@ def test_ten_thousand_namespaces(make, path):
         assert_same_bytes(again.multiget(found.ids[:, 0]), values)
         assert again.ids(names[777]).tolist() == [777]
     assert sum(1 for _ in path.rglob("*")) < 1000
+
+
+def test_keys_of_records_that_are_deleted_meanwhile(make, path, monkeypatch):
+    """Compaction takes keys of the deleted away: between two looks of a reader that is no damage."""
+    db = make(key_dim=4)
+    db.put(VALUES, KEYS)
+    with memodb.MemoDB.open(path) as reader:
+        committed = reader._catalog.committed
+
+        def delete_then(ids, transaction=None):
+            monkeypatch.undo()
+            rows = committed(ids, transaction)
+            db.delete([1])
+            db.compact()
+            return rows
+
+        monkeypatch.setattr(reader._catalog, "committed", delete_then)
+        with pytest.raises(memodb.RecordNotFoundError, match=r"1 \(deleted\)"):
+            reader.keys([0, 1, 2])
+        assert np.array_equal(reader.keys([2, 0]), KEYS[[2, 0]])

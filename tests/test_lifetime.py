@@ -253,6 +253,29 @@ def test_an_interrupt_in_a_gather_leaks_nothing(db, monkeypatch):
     assert memodb.gather_limits()["mappings_in_use"] == in_use
 
 
+@STRATEGIES
+def test_an_interrupt_when_the_batch_is_just_made_gives_its_range_back_once(db, monkeypatch, strategy):
+    """Its traceback keeps what would give the range back a second time, when the next batch stands there."""
+    from memodb import vm
+
+    def interrupted(span):
+        monkeypatch.undo()
+        raise KeyboardInterrupt
+
+    db.multiget_mapped([1, 2, 3], strategy=strategy).release()
+    in_use = memodb.gather_limits()["mappings_in_use"]
+    monkeypatch.setattr(vm.Span, "array", interrupted)
+    with pytest.raises(KeyboardInterrupt) as caught:
+        db.multiget_mapped([1, 2, 3], strategy=strategy)
+    assert memodb.gather_limits()["mappings_in_use"] == in_use
+    first = db.multiget_mapped([4, 5, 6], strategy=strategy)
+    del caught
+    gc.collect()
+    second = db.multiget_mapped([7, 8, 9], strategy=strategy)
+    assert_same_bytes(first.numpy(), VALUES[[4, 5, 6]])
+    assert_same_bytes(second.numpy(), VALUES[[7, 8, 9]])
+
+
 def test_a_database_that_dies_inside_a_gather(path):
     """A garbage collection may run anywhere, and close a database there."""
     from memodb.gather.window import POOL

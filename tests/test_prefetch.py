@@ -125,3 +125,22 @@ def test_a_forked_child_does_not_wait_for_the_parent_s_background(db):
         os._exit(0 if good else 1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     assert_same_bytes(db.multiget_mapped([1, 2]).numpy(), VALUES[[1, 2]])
+
+
+def test_a_reader_that_looked_before_the_compaction(make, path, monkeypatch):
+    """Records move between the lookup and the look at where they lie: the reader looks again."""
+    db = make()
+    with memodb.MemoDB.open(path) as reader:
+        ids = db.put(VALUES)
+        locators = type(reader._catalog).locators
+
+        def compact_first(catalog, *arguments):
+            monkeypatch.undo()
+            found = locators(catalog, *arguments)
+            db.delete(ids[::2])
+            db.compact()
+            return found
+
+        monkeypatch.setattr(reader._catalog, "locators", lambda *arguments: compact_first(reader._catalog, *arguments))
+        reader.prefetch(ids[1::2])
+        assert_same_bytes(reader.multiget_mapped(ids[1::2]).numpy(), VALUES[1::2])

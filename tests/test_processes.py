@@ -304,7 +304,7 @@ def main():
     with memodb.MemoDB.create(path + "/store", shape=(2, 1024), dtype="int32", backend=backend) as db:
         db.put(values)
     with memodb.MemoDB.open(path + "/store", mode=mode) as db:
-        loader = torch.utils.data.DataLoader(Records(db), batch_size=8, num_workers=2, multiprocessing_context=context)
+        loader = torch.utils.data.DataLoader(Records(db), batch_size=8, num_workers=4, multiprocessing_context=context)
         found = torch.cat(list(loader)).numpy()
         assert np.array_equal(found, np.stack([values, values[::-1]], axis=1))
     print("ok")

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import memodb
+from memodb import layout
 from memodb.backends import registry
 
 
@@ -126,6 +127,39 @@ class TestMemoryPath:
         done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
         assert not Path(done.stdout.strip()).exists()
         assert done.stderr == ""
+
+    def test_what_a_killed_process_left_is_removed_by_the_next(self, tmp_path, monkeypatch):
+        """A folder of a live process stays, and so does one that nobody has locked yet."""
+        program = (
+            "import memodb, sys; db = memodb.MemoDB.create(':memory:', shape=1, dtype='int8', backend='arena');"
+            "db.put([[1]]); print(db.path, flush=True); sys.stdin.read()"
+        )
+        monkeypatch.setattr(layout, "SHM", tmp_path)
+        children = [
+            subprocess.Popen(
+                [sys.executable, "-c", f"from pathlib import Path; import memodb.layout as layout; "
+                 f"layout.SHM = Path({str(tmp_path)!r}); {program}"],
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+            )
+            for _ in range(2)
+        ]  # fmt: skip
+        killed, alive = (Path(child.stdout.readline().strip()) for child in children)
+        children[0].kill()
+        children[0].wait()
+        assert (killed / "catalog" / "data.mdb").exists(), "a killed process leaves its store"
+        beginning = tmp_path / "memodb-memory-1-begun"
+        beginning.mkdir()
+        (beginning / "writer.lock").touch()
+        foreign = tmp_path / "memodb-memory-2-link"
+        foreign.symlink_to(alive)
+        with memodb.MemoDB.create(":memory:", shape=1, dtype="int8"):
+            assert not killed.exists()
+            assert (alive / "catalog" / "data.mdb").exists()
+            assert beginning.exists()
+            assert foreign.is_symlink()
+        for child in children:
+            child.communicate()
+        assert not alive.exists(), "the live one went on, and tidied up after itself"
 
 
 def test_records_in_memory_are_not_another_process_s(disk):

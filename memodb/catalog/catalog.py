@@ -408,6 +408,8 @@ class Catalog:
 
         Raises
         ------
+        RecordNotFoundError
+            If one was deleted meanwhile.
         CorruptionError
             If one is missing or damaged.
         """
@@ -420,6 +422,7 @@ class Catalog:
                     out[places[known]] = entry.keys[known]
         missing = np.isnan(out).any(axis=1)
         if missing.any():
+            self.committed(ids[missing])  # deleted since the rows were read, and compacted: its key is gone with it
             raise CorruptionError(f"record {ids[missing][0]} in {self.path} has no key ({missing.sum()} such records)")
         return out
 

@@ -58,12 +58,7 @@ def gather_batch(
         threads = threads or plan.threads
         if plan.map:
             try:
-                window = map_records(source, spec.nbytes, plan)
-                try:
-                    held = POOL.hold(window, total, plan.shift)
-                except BaseException:
-                    POOL.give_back(window, intact=False)
-                    raise
+                held = POOL.hold(map_records(source, spec.nbytes, plan), total, plan.shift)
                 return MappedBatch(held, spec, ids, zero_copy=True)
             except MappingUnsupportedError:
                 if strategy == "map":

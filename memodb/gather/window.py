@@ -43,10 +43,11 @@ class Limits:
 
 @dataclass(eq=False, slots=True)
 class Range:
-    """A range of addresses that a batch stands on.
+    """A range of addresses that a batch stands on: of one batch, from when it is taken until it is given back.
 
     `filled` bytes of a window hold mappings, `vmas` of them; `keep` tells whether laying the next batch over them would
-    save anything, `epoch` as of when they are known to be of files that their store still has.
+    save anything, `epoch` as of when they are known to be of files that their store still has. One that is `spent` was
+    given back, and may be another batch's by now.
     """
 
     address: int
@@ -56,6 +57,7 @@ class Range:
     vmas: int = 0
     keep: bool = False
     epoch: int = 0
+    spent: bool = False
 
 
 class Holder(vm.Span):
@@ -176,13 +178,18 @@ class Pool:
         return best
 
     def give_back(self, owned: Range, *, intact: bool = True) -> None:
-        """Take a range back; `intact` tells whether it holds a whole batch.
+        """Take a range back, once; `intact` tells whether it holds a whole batch.
 
         Runs wherever the last view dies, also inside a garbage collection that this pool triggered itself.
         """
+        if owned.spent:  # by whom an interrupt had thrown out, and now by what its traceback kept
+            return
+        owned.spent = True
         if not intact:
             owned.filled = 0  # nobody knows how far the mapping came: never laid over
-        self._returned.append(owned)
+        self._returned.append(
+            Range(owned.address, owned.nbytes, owned.window, owned.filled, owned.vmas, owned.keep, owned.epoch)
+        )
         self._collect()
 
     def forget_pages(self) -> None:
@@ -251,7 +258,11 @@ class Pool:
 
     def hold(self, owned: Range, nbytes: int, shift: int = 0) -> np.ndarray[Any, np.dtype[np.uint8]]:
         """Return `nbytes` of a range, from `shift` on, as an array whose base gives the range back when it dies."""
-        return Holder(self, owned, nbytes, shift).array()
+        try:
+            return Holder(self, owned, nbytes, shift).array()
+        except BaseException:
+            self.give_back(owned, intact=False)
+            raise
 
 
 POOL = Pool()
