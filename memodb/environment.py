@@ -397,9 +397,26 @@ class Environment:
             except lmdb.MapResizedError:  # another process wrote since this one opened it
                 self._set_map(0)
                 txn = self.handle.begin(write=True, buffers=True)
-            with txn:
-                yield txn
+            try:
+                with txn:
+                    yield txn
+            except lmdb.Error:
+                self._leave_broken()
+                raise
             self._pad()
+
+    def _leave_broken(self) -> None:
+        """Close LMDB's environment where it serves nobody any more: a write of the page that commits has failed.
+
+        The next transaction opens it again, so what is committed can be read on.
+        """
+        try:
+            self.handle.begin().abort()
+        except lmdb.PanicError:
+            with self._alone():
+                self._close()
+        except lmdb.Error:
+            pass
 
     def change(self, work: Callable[[lmdb.Transaction], None], *, more: int = 0) -> None:
         """Call `work` with a write transaction; again with a map twice as large, until what it writes fits the map.
