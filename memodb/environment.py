@@ -22,6 +22,7 @@ import lmdb
 from memodb.errors import ClosedError, CorruptionError, MemoDBError, StoreFullError
 from memodb.lmdb_errors import MAX_READERS, full, translated
 from memodb.lock import lock_bytes
+from memodb.os_errors import FULL, named
 
 #: A map that the system does not grant is halved, down to this size.
 _MIN_MAP_SIZE = 1 << 28
@@ -235,8 +236,8 @@ class Environment:
                 "truncated; restore it from a copy"
             )
 
-    def _pad(self, more: int = 0) -> bool:
-        """Allocate what the file has to spare, and room for `more` bytes; False if the file system has no room."""
+    def _pad(self, more: int = 0) -> OSError | None:
+        """Allocate what the file has to spare, and room for `more` bytes; return why that is not to be had."""
         # Two promises rest on the file being longer than its pages. Pages that a transaction took and freed again need
         # not have been written, so only a file that is surely long enough lets `_check_length` tell a truncated one.
         # And on a full file system deleting must still be possible, which rewrites pages before it frees any.
@@ -247,14 +248,17 @@ class Environment:
             spare = max(spare, needed // self.kind.spare_part)
         room = found - needed + (self.unused() if self.kind.spare_inside else 0)
         if found >= needed and room >= more + spare // 2:
-            return True
-        with suppress(OSError), (self.path / "data.mdb").open("r+b") as file:
-            try:
-                os.posix_fallocate(file.fileno(), found, max(more + spare - room, needed - found))
-                return True
-            except OSError:
-                os.truncate(file.fileno(), max(found, needed))
-        return False
+            return None
+        try:
+            with (self.path / "data.mdb").open("r+b") as file:
+                try:
+                    os.posix_fallocate(file.fileno(), found, max(more + spare - room, needed - found))
+                except OSError:
+                    os.truncate(file.fileno(), max(found, needed))
+                    raise
+        except OSError as error:
+            return error
+        return None
 
     def trim(self) -> None:
         """Give back what the file is longer than it has to be: what a put that failed leaves, for one."""
@@ -390,8 +394,9 @@ class Environment:
         with self._write_gate, self._translated():
             with self._read_gate:
                 handle = self.handle
-                if grows and not self._pad(more):
-                    raise self._full(OSError("its file system is full"))
+                refused = self._pad(more) if grows else None
+                if refused is not None:
+                    raise self._full(refused) if refused.errno in FULL else named(refused, self.path)
             try:
                 txn = handle.begin(write=True, buffers=True)
             except lmdb.MapResizedError:  # another process wrote since this one opened it
