@@ -192,7 +192,10 @@ class ZarrBackend(KeyedBackend):
             try:
                 vm.sync_filesystem(self._descriptor(root))
             except OSError as error:
-                raise self._place.failure("flushed", error) from error
+                translated = self._place.failure("flushed", error)
+                if translated is error:
+                    raise
+                raise translated from error
 
     # --- what is committed ---
 

@@ -32,7 +32,7 @@ SHIM = ctypes.CDLL(None)
 SHIM.memofault_arm.argtypes = [ctypes.c_char_p, ctypes.c_char_p, ctypes.c_long, ctypes.c_int, ctypes.c_int]
 SHIM.memofault_disarm.restype = SHIM.memofault_seen.restype = ctypes.c_long
 FLUSHES = ("fsync", "fdatasync", "syncfs")
-MODES = {"once": 0, "for ever": 1, "half": 2, "kill": 3}
+MODES = {"once": 0, "lasting": 1, "half": 2, "kill": 3}
 #: A child that takes longer hangs.
 SECONDS = 40
 
@@ -133,12 +133,7 @@ class Child:
             self.judge_handle(db, error, before, after)
             db.close()
         del db
-        if error is not None:
-            error.__traceback__ = None
-            cause = error.__cause__ or error.__context__
-            while cause is not None:
-                cause.__traceback__ = None
-                cause = cause.__cause__ or cause.__context__
+        forget_frames(error)
         gc.collect()
         left = model.open_below(self.folder)
         assert not left, f"still open or mapped: {left}"
@@ -192,12 +187,23 @@ class Child:
     def judge_created(self, error: BaseException | None) -> None:
         new = self.folder / "new"
         if error is not None:
-            memodb.MemoDB.create(
-                new, shape=model.SHAPE, dtype="float32", key_dim=2, **model.KINDS[self.asked["kind"]]
-            ).close()
+            # Where nothing can be opened any more, nothing can be removed either: then an empty store may be left.
+            with contextlib.suppress(memodb.StoreExistsError if self.asked["mode"] == "lasting" else ()):
+                memodb.MemoDB.create(
+                    new, shape=model.SHAPE, dtype="float32", key_dim=2, **model.KINDS[self.asked["kind"]]
+                ).close()
         with memodb.MemoDB.open(new, "r+") as db:
             assert model.put(db, range(3)) == [0, 1, 2]
             model.look_through(db, {0, 1, 2})
+
+
+def forget_frames(error: BaseException | None) -> None:
+    """Let go of what the tracebacks of an error and its causes keep alive."""
+    known: set[int] = set()
+    while error is not None and id(error) not in known:
+        known.add(id(error))
+        error.__traceback__ = None
+        error = error.__cause__ or error.__context__
 
 
 def in_child(work: Any) -> dict[str, Any]:
