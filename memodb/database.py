@@ -275,7 +275,7 @@ class MemoDB(Handle):
             self._check_room(len(records))
             with Writing(self, restores=True):
                 locators = self._backend.append(records)
-                self._backend.sync()
+                self._flush()
                 sums = record_checksums(self._backend.as_kept(records))
                 ids = self._catalog.commit(locators, sums, names, rows, keys, self._backend.state(), ids)
             self._counters.puts += 1
@@ -357,7 +357,7 @@ class MemoDB(Handle):
         try:
             moved = self._backend.rewrite(victim.token, locators)
             if len(moved):
-                self._backend.sync()
+                self._flush()
         except StoreFullError as error:
             raise StoreFullError(
                 f"compacting {self._path} needs room for the live records of one part at a time, now for "

@@ -31,7 +31,7 @@ from memodb.gather.gather import Source, closed, forget_pages, opened
 from memodb.gather.prefetch import Prefetched, drain
 from memodb.index.manager import IndexSet
 from memodb.lock import WriterLock
-from memodb.os_errors import named, naming
+from memodb.os_errors import LIMITS, named, naming
 from memodb.record import RecordSpec
 from memodb.vm import FlushError
 
@@ -250,6 +250,16 @@ class Handle:
             self._catalog.settle()
             self._backend.restore(self._catalog.backend_state()[1])
             self._unrestored = False
+
+    def _flush(self) -> None:
+        """Make what the backend wrote durable; a failure, whatever its reason, ends all writing through this handle."""
+        try:
+            self._backend.sync()
+        except OSError as error:
+            cause = error.__cause__ if isinstance(error.__cause__, OSError) else error
+            if cause.errno not in LIMITS:  # nothing was flushed then
+                self._failed = error
+            raise
 
     def _source(self, locators: Locators, seen: int) -> Source:
         """Return where records come from whose locators were looked up in transaction `seen`."""

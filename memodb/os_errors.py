@@ -12,7 +12,7 @@ from memodb.errors import DeviceError, MemoDBError, StoreAccessError, StoreFullE
 #: There is no room.
 FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 #: A limit of the process or of the machine; the same call may be granted later.
-_LIMITS = frozenset({errno.EMFILE, errno.ENFILE, errno.EAGAIN, errno.EINTR, errno.EBUSY})
+LIMITS = frozenset({errno.EMFILE, errno.ENFILE, errno.EAGAIN, errno.EINTR, errno.EBUSY})
 #: What the path is, or who may use it.
 _REFUSED = frozenset(
     {
@@ -35,7 +35,7 @@ def named(error: OSError, what: str | os.PathLike[str]) -> MemoDBError:
             f"no memory for what was asked of {what}: {why}; ask for less at once, or raise the limits of this process "
             "(ulimit -v, vm.max_map_count)"
         )
-    if code in _LIMITS:
+    if code in LIMITS:
         return StoreAccessError(
             f"{what} cannot be used at the moment: {why}; close some files, or raise the limit (ulimit -n), and try "
             "again"

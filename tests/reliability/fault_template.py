@@ -146,6 +146,19 @@ class Child:
                 model.look_through(copied, self.live)
         self.judge_store(*(ids | self.more for ids in ((after,) if error is None else (before, after))))
 
+    def judge_killed(self) -> None:
+        """Look at the store whose writer was killed: the operation is there wholly, or not at all."""
+        if self.operation == "close":
+            self.live |= set(range(15, 40))
+        if self.operation == "create":
+            self.judge_created(memodb.MemoDBError())
+        elif self.operation == "copy":
+            with contextlib.suppress(memodb.StoreExistsError):  # killed when it was finished
+                self.copy()
+            with memodb.MemoDB.open(self.folder / "copy") as copied:
+                model.look_through(copied, self.live)
+        self.judge_store(self.live, (self.live | self.added) - self.taken)
+
     def judge_handle(
         self, db: memodb.MemoDB, error: BaseException | None, before: set[int], after: set[int]
     ) -> None:
@@ -187,8 +200,8 @@ class Child:
     def judge_created(self, error: BaseException | None) -> None:
         new = self.folder / "new"
         if error is not None:
-            # Where nothing can be opened any more, nothing can be removed either: then an empty store may be left.
-            with contextlib.suppress(memodb.StoreExistsError if self.asked["mode"] == "lasting" else ()):
+            # Where nothing can be opened any more, or who made it was killed, an empty store may be left.
+            with contextlib.suppress(memodb.StoreExistsError if self.asked["mode"] in ("lasting", "kill") else ()):
                 memodb.MemoDB.create(
                     new, shape=model.SHAPE, dtype="float32", key_dim=2, **model.KINDS[self.asked["kind"]]
                 ).close()
@@ -233,6 +246,37 @@ def in_child(work: Any) -> dict[str, Any]:
     return dict(json.loads(data))
 
 
+def beside_a_reader(path: Path, work: Any) -> dict[str, Any]:
+    """Return what `work` returns, while another process has the store open, which looks through it at the end."""
+    ready, tell_ready = os.pipe()
+    end, tell_end = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        signal.alarm(2 * SECONDS)
+        os.close(tell_end)
+        status = 1
+        try:
+            with memodb.MemoDB.open(path) as db:
+                db.search(model.key(0)[None], namespace="a")
+                os.write(tell_ready, b".")
+                os.read(end, 1)  # until the other end is closed
+                model.look_through(db, set(db.ids().tolist()))
+                status = 0
+        except BaseException:
+            traceback.print_exc()
+        os._exit(status)
+    os.close(tell_ready)
+    os.close(end)
+    os.read(ready, 1)
+    try:
+        result: dict[str, Any] = work()
+    finally:
+        os.close(tell_end)
+        os.close(ready)
+        status = os.waitpid(pid, 0)[1]
+    return {"wrong": f"the reader beside it ended with {status}", **result} if status else result
+
+
 def campaign(bases: dict[str, tuple[Path, set[int]]], asked: dict[str, Any]) -> dict[str, Any]:
     """One operation under the N-th failure of one call, for each N asked for (none: for all)."""
     where, kind = Path(asked["where"]), asked["kind"]
@@ -261,7 +305,17 @@ def campaign(bases: dict[str, tuple[Path, set[int]]], asked: dict[str, Any]) -> 
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
         shutil.copytree(base, folder / "store")
+        if asked["mode"] == "kill":
+            return beside_a_reader(folder / "store", lambda: killed(nth))
         return in_child(lambda: Child(folder, asked, set(live)).run(nth))
+
+    def killed(nth: int) -> dict[str, Any]:
+        result = in_child(lambda: Child(folder, asked, set(live)).run(nth))
+        return in_child(judge) if result.get("signal") == signal.SIGKILL else result
+
+    def judge() -> dict[str, Any]:
+        Child(folder, asked, set(live)).judge_killed()
+        return {"outcome": "killed"}
 
     answer: dict[str, Any] = {"faults": 0, "outcomes": Counter(), "wrong": []}
     first = under(1 << 40)
