@@ -185,7 +185,8 @@ class Child:
         with memodb.MemoDB.open(self.path) as db:
             live = model.look_through(db, *allowed)
         with memodb.MemoDB.open(self.path, "r+") as db:  # gives back what the failed operation left
-            model.look_through(db, live)
+            # What a killed writer committed last comes to light with the next writer, if a reader was there meanwhile.
+            live = model.look_through(db, *(allowed if self.asked["mode"] == "kill" else [live]))
             left = model.leftovers(db)
             # Records of a keyed backend that compaction counted out and did not get to remove: the next one does.
             assert not left or (self.operation == "compact" and db.backend_name in ("files", "zarr")), left
