@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import threading
 import weakref
@@ -257,7 +258,7 @@ class Handle:
             self._backend.sync()
         except OSError as error:
             cause = error.__cause__ if isinstance(error.__cause__, OSError) else error
-            if cause.errno not in LIMITS:  # nothing was flushed then
+            if cause.errno not in LIMITS | {errno.ENOMEM}:  # a file could not be opened: nothing was flushed then
                 self._failed = error
             raise
 

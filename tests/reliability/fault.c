@@ -29,6 +29,12 @@ static long at;
 static atomic_int armed;
 static atomic_long seen, made;
 
+static const char *const names[] = {"write", "read", "fsync", "fdatasync", "syncfs", "msync", "mmap", "madvise",
+                                    "collapse", "populate", "advise", "fallocate", "truncate", "open", "rename",
+                                    "unlink", "mkdir"};
+enum { NAMES = sizeof names / sizeof *names };
+static atomic_long tally[NAMES];
+
 /* Fail the nth call (from 1 on) of this name with this errno; kind as in the enumeration above. */
 void memofault_arm(const char *below, const char *call, long nth, int error, int mode) {
     snprintf(root, sizeof root, "%s", below);
@@ -36,6 +42,7 @@ void memofault_arm(const char *below, const char *call, long nth, int error, int
     root_length = strlen(root);
     number = error, kind = mode, at = nth;
     atomic_store(&seen, 0), atomic_store(&made, 0);
+    for (int i = 0; i < NAMES; i++) atomic_store(&tally[i], 0);
     atomic_store(&armed, 1);
 }
 
@@ -45,8 +52,12 @@ long memofault_disarm(void) {
     return atomic_load(&made);
 }
 
-/* How many calls of the armed name were counted. */
-long memofault_seen(void) { return atomic_load(&seen); }
+/* How many calls of a name were counted since anything was armed. */
+long memofault_seen(const char *call) {
+    for (int i = 0; i < NAMES; i++)
+        if (!strcmp(call, names[i])) return atomic_load(&tally[i]);
+    return -1;
+}
 
 static int below(const char *path) { return path && !strncmp(path, root, root_length); }
 
@@ -75,7 +86,10 @@ static int at_path(int directory, const char *path) {
 
 /* 0: let it be; 1: fail; 2: do half; 3: do it, and die. */
 static int hit(const char *call, int counts) {
-    if (!atomic_load(&armed) || strcmp(call, wanted) || !counts) return 0;
+    if (!atomic_load(&armed) || !counts) return 0;
+    for (int i = 0; i < NAMES; i++)
+        if (!strcmp(call, names[i])) atomic_fetch_add(&tally[i], 1);
+    if (strcmp(call, wanted)) return 0;
     long n = atomic_fetch_add(&seen, 1) + 1;
     if (n < at || (n > at && kind != FOR_EVER)) return 0;
     atomic_fetch_add(&made, 1);

@@ -91,7 +91,7 @@ def test_a_call_that_fails(request, template, place, table):
 @pytest.mark.parametrize("place", ["shm", "disk"])
 def test_any_call_that_fails(request, template, place):
     """Whatever is done to whatever store: at every call in turn, once or from then on."""
-    where, rng, unused = request.getfixturevalue(place), random.Random(place), set()
+    where, rng = request.getfixturevalue(place), random.Random(place)
     everything = [
         (kind, operation, call, error)
         for kind in KINDS
@@ -103,13 +103,9 @@ def test_any_call_that_fails(request, template, place):
     chosen, faults = iter(everything), Counter()
     for _ in effort.rounds(1, SHARE / 2):
         kind, operation, call, error = next(chosen, rng.choice(everything))
-        if (kind, operation, call) in unused:
-            continue
         # What fails for ever with EINTR, Python asks for ever: that is its promise, not ours.
         mode = "once" if error in ("half", "EINTR") else rng.choice(("once", "once", "lasting"))
         answer = suffer(template, where, kind, operation, call, error, mode, 40)
-        if not answer["faults"]:
-            unused.add((kind, operation, call))
         faults[f"{call} {error}"] += answer["faults"]
-    assert faults.total() > 100 * effort.MINUTES * SHARE
+    assert faults.total() > 10 * effort.MINUTES * SHARE
     effort.report("faults", **faults)

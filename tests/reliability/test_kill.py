@@ -26,7 +26,21 @@ KILLS = effort.count(1, 20)
 SHARE = 0.1
 #: What is done, and after which calls of it the process is killed.
 OPERATIONS = ("create", "put", "delete", "compact", "reindex", "close", "copy")
-STEPS = ("write", "fdatasync", "fsync", "syncfs", "collapse", "truncate", "fallocate", "rename", "unlink", "mkdir", "mmap")
+STEPS = (
+    "write", "fdatasync", "fsync", "syncfs", "collapse", "truncate", "fallocate", "rename", "unlink", "mkdir", "mmap",
+)  # fmt: skip
+    "write",
+    "fdatasync",
+    "fsync",
+    "syncfs",
+    "collapse",
+    "truncate",
+    "fallocate",
+    "rename",
+    "unlink",
+    "mkdir",
+    "mmap",
+)
 
 WRITER = """
 import sys
