@@ -28,8 +28,9 @@ from memodb.errors import (
 from memodb.gather.batch import MappedBatch
 from memodb.gather.gather import Source, check_strategy, copy_into, forget_pages, gather_batch
 from memodb.gather.plan import Strategy
-from memodb.handle import INDEX_AT_CLOSE, Handle, RestoringOnError
+from memodb.handle import INDEX_AT_CLOSE, Handle, Writing
 from memodb.lock import WriterLock
+from memodb.os_errors import naming
 from memodb.problem import Problem
 from memodb.record import RecordSpec
 
@@ -137,7 +138,7 @@ class MemoDB(Handle):
         throwaway = layout.Throwaway() if volatile else None
         where = arguments.as_path(path) if throwaway is None else throwaway.path
         limit = None if max_bytes is None else arguments.as_count("max_bytes", max_bytes)
-        with layout.access(where):
+        with naming(where):
             room = layout.room(where, limit)
         settings = {
             "uid": secrets.token_hex(8),
@@ -150,15 +151,16 @@ class MemoDB(Handle):
             "max_bytes": limit,
             **more,
         }
-        with layout.access(where):
+        with naming(where):
             lock, made = layout.claim(where)
         db, begun = None, False
         try:
-            db = cls(where, "r+", lock, settings)
-            db._throwaway = throwaway
-            db._backend.begin()
-            begun = True
-            layout.sync(where)
+            with naming(where):
+                db = cls(where, "r+", lock, settings)
+                db._throwaway = throwaway
+                db._backend.begin()
+                begun = True
+                layout.sync(where)
             return db
         except BaseException:
             if db is not None and begun:
@@ -205,7 +207,7 @@ class MemoDB(Handle):
         where = arguments.as_path(path)
         if mode not in ("r", "r+"):
             raise InvalidOptionError(f"mode must be 'r' or 'r+', found {mode!r}; a new store is made by create()")
-        with layout.access(where):
+        with naming(where):
             found = (where / layout.CATALOG / "data.mdb").exists()
         if not found:
             raise StoreNotFoundError(f"{where} holds no memodb store; memodb.MemoDB.create makes one")
@@ -215,9 +217,11 @@ class MemoDB(Handle):
     def _open(
         cls, where: Path, mode: Literal["r", "r+"], *, unfinished: bool = False, verify: Verify | None = None
     ) -> Self:
-        lock = WriterLock(where / layout.LOCK) if mode == "r+" else None
+        with naming(where):
+            lock = WriterLock(where / layout.LOCK) if mode == "r+" else None
         try:
-            return cls(where, mode, lock, unfinished=unfinished, verify=verify)
+            with naming(where):
+                return cls(where, mode, lock, unfinished=unfinished, verify=verify)
         except BaseException:
             if lock is not None:
                 lock.release()
@@ -278,10 +282,11 @@ class MemoDB(Handle):
         if len(records) == 0:
             return np.zeros(0, np.int64)
         with self._lock:
+            self._check_writable()
             self._check_room(len(records))
-            with RestoringOnError(self):
+            with Writing(self, restores=True):
                 locators = self._backend.append(records)
-                self._backend.sync()
+                self._flush()
                 sums = record_checksums(self._backend.as_kept(records))
                 ids = self._catalog.commit(locators, sums, names, rows, keys, self._backend.state(), ids)
             self._counters.puts += 1
@@ -317,7 +322,9 @@ class MemoDB(Handle):
         wanted = np.unique(arguments.as_ids(ids))
         if len(wanted):
             with self._lock:
-                self._catalog.delete(wanted)
+                self._check_writable()
+                with Writing(self):
+                    self._catalog.delete(wanted)
 
     def compact(self, progress: Progress | None = None) -> int:
         """Give the space of deleted records back. Never waits for readers or batches: what they hold stays intact.
@@ -337,20 +344,23 @@ class MemoDB(Handle):
         StoreFullError
             If there is no room to move the live records of one segment; what was compacted before stays so.
         """
-        self._check_writable()
         with self._lock:
-            before = self._backend.bytes_on_store()
-            live_ids, rows = self._catalog.live()
-            victims = self._backend.victims(rows["locator"])
+            self._check_writable()
+            with Writing(self):
+                before = self._backend.bytes_on_store()
+                live_ids, rows = self._catalog.live()
+                victims = self._backend.victims(rows["locator"])
             for done, victim in enumerate(victims):
-                with RestoringOnError(self):
+                with Writing(self, restores=True):
                     moved = self._rewrite(victim, rows["locator"][victim.members])
                     self._catalog.relocate(live_ids[victim.members], moved, self._backend.state())
-                self._backend.discard(victim.token)
+                with Writing(self):
+                    self._backend.discard(victim.token)
                 forget_pages()
                 if progress is not None:
                     progress(done + 1, len(victims))
-            self._catalog.drop_dead_keys()
+            with Writing(self):
+                self._catalog.drop_dead_keys()
             # Erasing in place may take a page or two and give none back.
             return max(before - self._backend.bytes_on_store(), 0)
 
@@ -358,7 +368,7 @@ class MemoDB(Handle):
         try:
             moved = self._backend.rewrite(victim.token, locators)
             if len(moved):
-                self._backend.sync()
+                self._flush()
         except StoreFullError as error:
             raise StoreFullError(
                 f"compacting {self._path} needs room for the live records of one part at a time, now for "
@@ -382,7 +392,8 @@ class MemoDB(Handle):
         """
         self._check_writable()
         factory = self.index_factory if index is None else _check_index(index, self.key_dim)
-        with self._lock:
+        with self._lock, Writing(self):
+            self._check_writable()
             numbers = self._catalog.namespaces()
             large = [name for name, count in numbers.items() if count > INDEX_AT_CLOSE]
             old = self.index_factory

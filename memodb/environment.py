@@ -24,6 +24,7 @@ from memodb.lmdb_errors import MAX_READERS, full, translated
 from memodb.lmdb_guard import PageGuard
 from memodb.lmdb_looks import Looking
 from memodb.lock import hold_for_fork, lock_bytes, release_after_fork, wait_for_fork
+from memodb.os_errors import FULL, named
 
 #: A map that the system does not grant is halved, down to this size.
 _MIN_MAP_SIZE = 1 << 28
@@ -287,8 +288,8 @@ class Environment:
         used = 2 + stat["branch_pages"] + stat["leaf_pages"] + stat["overflow_pages"]
         return max(0, last + 1 - used) * stat["psize"]
 
-    def _pad(self, more: int = 0) -> bool:
-        """Allocate what the file has to spare, and room for `more` bytes; False if the file system has no room."""
+    def _pad(self, more: int = 0) -> OSError | None:
+        """Allocate what the file has to spare, and room for `more` bytes; return why that is not to be had."""
         # On a full file system deleting must still be possible, which rewrites pages before it frees any.
         # Best effort: what precedes it is committed, so nothing that goes wrong here may look like a failed commit.
         needed, found = self._length()
@@ -297,14 +298,17 @@ class Environment:
             spare = max(spare, needed // self.kind.spare_part)
         room = found - needed + (self.unused() if self.kind.spare_inside else 0)
         if found >= needed and room >= more + spare // 2:
-            return True
-        with suppress(OSError), (self.path / "data.mdb").open("r+b") as file:
-            try:
-                os.posix_fallocate(file.fileno(), found, max(more + spare - room, needed - found))
-                return True
-            except OSError:
-                os.truncate(file.fileno(), max(found, needed))
-        return False
+            return None
+        try:
+            with (self.path / "data.mdb").open("r+b") as file:
+                try:
+                    os.posix_fallocate(file.fileno(), found, max(more + spare - room, needed - found))
+                except OSError:
+                    os.truncate(file.fileno(), max(found, needed))
+                    raise
+        except OSError as error:
+            return error
+        return None
 
     def trim(self) -> None:
         """Give back what the file is longer than it has to be: what a put that failed leaves, for one."""
@@ -441,19 +445,25 @@ class Environment:
                 self._writes += 1
                 if self._writes % _READERS_EACH == 0:
                     handle.reader_check()
-                if grows and not self._pad(more):
-                    raise self._full(OSError("its file system is full"))
+                refused = self._pad(more) if grows else None
+                if refused is not None:
+                    raise self._full(refused) if refused.errno in FULL else named(refused, self.path)
             try:
                 txn = handle.begin(write=True, buffers=True)
             except lmdb.MapResizedError:  # another process wrote since this one opened it
                 self._set_map(0)
                 txn = self.handle.begin(write=True, buffers=True)
-            with txn:
-                number = txn.id()
-                self._look_before_writing(number)
-                yield txn
+            try:
+                with txn:
+                    number = txn.id()
+                    self._look_before_writing(number)
+                    yield txn
+            except lmdb.Error:
+                self._leave_broken()
+                raise
             if self._pages is not None:
-                with suppress(OSError):  # it is committed: an older seal says nothing of it, and harms nothing
+                # It is committed: an older seal says nothing of it, and harms nothing.
+                with suppress(OSError, MemoDBError):
                     self._pages.seal(number)
             self._pad()
 
@@ -469,6 +479,19 @@ class Environment:
                 "of them is damaged; close the store in all processes and open it again, or restore it from a copy"
             )
         pages.check_all(meta, writing=True)
+
+    def _leave_broken(self) -> None:
+        """Close LMDB's environment where it serves nobody any more: a write of the page that commits has failed.
+
+        The next transaction opens it again, so what is committed can be read on.
+        """
+        try:
+            self.handle.begin().abort()
+        except lmdb.PanicError:
+            with self._alone():
+                self._close()
+        except lmdb.Error:
+            pass
 
     def change(self, work: Callable[[lmdb.Transaction], None], *, more: int = 0) -> None:
         """Call `work` with a write transaction; again with a map twice as large, until what it writes fits the map.

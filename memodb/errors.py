@@ -15,6 +15,7 @@ Each also inherits the builtin that a caller would catch without knowing memodb:
     ├── WriterLockedError         (BlockingIOError)  another writer holds the store
     ├── ReadOnlyError             (io.UnsupportedOperation)  a write through a reader
     ├── ClosedError               (ValueError)       use after close() or release()
+    ├── DeviceError               (OSError)          the device failed a read, write or flush; the writer stops
     ├── CorruptionError           (OSError)          stored bytes are not what was committed
     ├── FormatVersionError        (ValueError)       the store was written by another format version
     ├── MappingUnsupportedError   (NotImplementedError)  ``strategy="map"`` where pages cannot be mapped
@@ -31,6 +32,7 @@ __all__ = [
     "BackendUnavailableError",
     "ClosedError",
     "CorruptionError",
+    "DeviceError",
     "FormatVersionError",
     "InvalidIdError",
     "InvalidKeyError",
@@ -102,6 +104,23 @@ class ReadOnlyError(MemoDBError, io.UnsupportedOperation):
 
 class ClosedError(MemoDBError, ValueError):
     """The database is closed, or the batch is released."""
+
+
+class DeviceError(MemoDBError, OSError):
+    """The device failed a read, write or flush; nothing more is written through a handle that met it.
+
+    Attributes
+    ----------
+    errno : int or None
+        The kernel's number of the error, such as ``errno.EIO``.
+    """
+
+    def __init__(self, message: str = "", code: int | None = None) -> None:
+        super().__init__(message)
+        self.errno = code
+
+    def __reduce__(self) -> tuple[type[DeviceError], tuple[str, int | None]]:
+        return DeviceError, (str(self), self.errno)
 
 
 class CorruptionError(MemoDBError, OSError):

@@ -23,6 +23,7 @@ from memodb.counters import Counters
 from memodb.errors import (
     ClosedError,
     CorruptionError,
+    DeviceError,
     InvalidRecordError,
     MemoDBError,
     ReadOnlyError,
@@ -32,7 +33,9 @@ from memodb.gather.gather import Source, closed, forget_pages, opened
 from memodb.gather.prefetch import Prefetched, drain
 from memodb.index.manager import IndexSet
 from memodb.lock import WriterLock
+from memodb.os_errors import LIMITS, named, naming
 from memodb.record import RecordSpec
+from memodb.vm import FlushError
 
 T = TypeVar("T")
 #: A namespace is indexed at close if it grew by so many keys: up to there a reader's exact search is quick anyway.
@@ -71,7 +74,7 @@ class Handle:
         self._lock = threading.RLock()
         self._writer_lock = lock
         self._throwaway: layout.Throwaway | None = None
-        self._failed: Exception | None = None
+        self._failed: BaseException | None = None
         self._unrestored = False
         self._closed = True
         self._counters = Counters()
@@ -91,12 +94,13 @@ class Handle:
                 self._checks = Checks("always")
             # Asked once: looking at a Protocol takes longer than the rest of a small gather.
             self._extents = self._backend.extents if isinstance(self._backend, SupportsExtents) else None
-            if mode == "r+":
-                self._catalog.settle()
-                self._backend.restore(self._catalog.backend_state()[1])
-            else:  # segments that are not there are an error now, not at the first gather
-                self._seen, state = self._catalog.backend_state()
-                self._backend.refresh(state)
+            with naming(path):
+                if mode == "r+":
+                    self._catalog.settle()
+                    self._backend.restore(self._catalog.backend_state()[1])
+                else:  # segments that are not there are an error now, not at the first gather
+                    self._seen, state = self._catalog.backend_state()
+                    self._backend.refresh(state)
         except BaseException:
             if hasattr(self, "_backend"):
                 self._backend.close()
@@ -126,6 +130,8 @@ class Handle:
             raise self._unusable(error) from error
         except FileNotFoundError as error:
             raise CorruptionError(f"{values} is missing ({error}); restore the store from a copy") from error
+        except OSError as error:
+            raise named(error, values) from error
         except (LookupError, TypeError, ValueError) as error:
             raise self._unusable(error) from error
 
@@ -233,6 +239,7 @@ class Handle:
             raise ClosedError(f"the database {self._path} is closed; open it again with MemoDB.open")
 
     def _check_writable(self) -> None:
+        """Raise unless this handle may write. What the answer is for happens under the lock, and so must this."""
         self._check_open()
         if self._mode != "r+":
             raise ReadOnlyError(
@@ -240,18 +247,28 @@ class Handle:
             )
         if self._failed is not None:
             raise ReadOnlyError(
-                f"an earlier write to {self._path} failed in the device ({self._failed}), so nothing more is written "
-                "through this handle; check the device, then close and open the store"
+                f"an earlier write to {self._path} failed ({self._failed}), so nothing more is written through this "
+                "handle; check the device, then close and open the store"
             )
         if self._unrestored:
             self._restore()
 
     def _restore(self) -> None:
         """Let the backend go back to what the catalog says is committed."""
-        with self._lock:
+        with self._lock, naming(self._path):
             self._catalog.settle()
             self._backend.restore(self._catalog.backend_state()[1])
             self._unrestored = False
+
+    def _flush(self) -> None:
+        """Make what the backend wrote durable; a failure, whatever its reason, ends all writing through this handle."""
+        try:
+            self._backend.sync()
+        except OSError as error:
+            cause = error.__cause__ if isinstance(error.__cause__, OSError) else error
+            if cause.errno not in LIMITS | {errno.ENOMEM}:  # a file could not be opened: nothing was flushed then
+                self._failed = error
+            raise
 
     def _source(self, locators: Locators, seen: int) -> Source:
         """Return where records come from whose locators were looked up in transaction `seen`."""
@@ -290,6 +307,10 @@ class Handle:
                         "delete what verify() names"
                     ) from error
                 tried = looked
+            except OSError as error:
+                if isinstance(error, MemoDBError):
+                    raise
+                raise named(error, self._path) from error
 
     def _check(self, ids: np.ndarray[Any, np.dtype[np.int64]], records: np.ndarray[Any, Any], seen: int) -> None:
         """Compare gathered `records` [n, ...] with their checksums, as far as `MemoDB.open` was asked to."""
@@ -311,15 +332,20 @@ class _MismatchError(CorruptionError):
     """Records do not match their checksums."""
 
 
-#: Errors of a full process, not of the device.
-_HARMLESS = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EINTR, errno.EAGAIN}
+class Writing:
+    """Around a write: a failure bears a name, and one of the device ends all writing through this handle.
 
+    Parameters
+    ----------
+    db
+        The handle.
+    restores
+        Let the backend go back to what the catalog says is committed, if the write fails.
+    """
 
-class RestoringOnError:
-    """Around a write: if it fails, the backend goes back to what the catalog says is committed."""
-
-    def __init__(self, db: Handle) -> None:
+    def __init__(self, db: Handle, *, restores: bool = False) -> None:
         self._db = db
+        self._restores = restores
 
     def __enter__(self) -> None:
         pass
@@ -327,14 +353,20 @@ class RestoringOnError:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        db = self._db
         if error is None:
             return
-        if isinstance(error, OSError) and not isinstance(error, MemoDBError) and error.errno not in _HARMLESS:
-            db._failed = error  # after a failed fsync nobody knows what the device holds: never retried
-        db._unrestored = True
-        with suppress(Exception):  # the first error is the one to see; the next write tries again
-            db._restore()
+        raised = error
+        if isinstance(error, OSError) and not isinstance(error, MemoDBError):
+            raised = named(error, self._db._path)
+        # After a failed flush nobody knows what the device holds, whatever the reason: it is never tried again.
+        if isinstance(raised, DeviceError) or isinstance(error, FlushError) or isinstance(error.__cause__, FlushError):
+            self._db._failed = raised
+        if self._restores:
+            self._db._unrestored = True
+            with suppress(Exception):  # the first error is the one to see; the next write tries again
+                self._db._restore()
+        if raised is not error:
+            raise raised from error
 
 
 _HANDLES: weakref.WeakSet[Handle] = weakref.WeakSet()

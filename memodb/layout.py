@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import shutil
 import stat
 import tempfile
 import weakref
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 
 from memodb import vm
@@ -17,9 +15,7 @@ from memodb.catalog import Catalog
 from memodb.errors import (
     InvalidOptionError,
     MemoDBError,
-    StoreAccessError,
     StoreExistsError,
-    StoreFullError,
     StoreNotFoundError,
 )
 from memodb.lock import WriterLock
@@ -120,22 +116,8 @@ def remove(path: Path, keep: str = "") -> None:
         if victim.is_dir():
             shutil.rmtree(victim, ignore_errors=True)
         else:
-            victim.unlink(missing_ok=True)
-
-
-@contextmanager
-def access(path: Path) -> Iterator[None]:
-    """Turn what the operating system refuses about a store's path into memodb's error."""
-    try:
-        yield
-    except MemoDBError:
-        raise
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise StoreFullError(f"no room for a store at {path}: {error.strerror}; free space there") from error
-        raise StoreAccessError(
-            f"{path} cannot be used: {error.strerror}; choose another path, or ask for access"
-        ) from error
+            with suppress(OSError):
+                victim.unlink(missing_ok=True)
 
 
 def room(path: Path, max_bytes: int | None) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,7 +10,15 @@ from pathlib import Path
 
 import lmdb
 
-from memodb.errors import CorruptionError, FormatVersionError, MemoDBError, StoreAccessError, StoreFullError
+from memodb.errors import (
+    CorruptionError,
+    DeviceError,
+    FormatVersionError,
+    MemoDBError,
+    StoreAccessError,
+    StoreFullError,
+)
+from memodb.os_errors import FULL, named
 
 #: Readers that one environment has room for.
 MAX_READERS = 4096
@@ -34,8 +43,14 @@ def translated(noun: str, path: Path, when_full: str) -> Iterator[None]:
         yield
     except (lmdb.MapFullError, lmdb.DiskError) as error:
         raise full(noun, path, when_full, error) from error
-    except (lmdb.CorruptedError, lmdb.PageNotFoundError, lmdb.InvalidError, lmdb.PanicError) as error:
+    except (lmdb.CorruptedError, lmdb.PageNotFoundError, lmdb.InvalidError) as error:
         raise CorruptionError(f"{noun} {path} is damaged: {error}; restore it from a copy") from error
+    except lmdb.PanicError as error:
+        raise DeviceError(
+            f"{noun} {path} cannot be used since a write of it failed: {error}; check the device (dmesg), then close "
+            "and open the store",
+            errno.EIO,
+        ) from error
     except lmdb.ReadersFullError as error:
         raise MemoDBError(f"more than {MAX_READERS} readers are in {noun} {path} at once: {error}") from error
     except lmdb.MemoryError as error:
@@ -43,7 +58,8 @@ def translated(noun: str, path: Path, when_full: str) -> Iterator[None]:
             f"{noun} {path} gets no memory: {error}; raise the limit of this process (ulimit -v), or put less at once"
         ) from error
     except lmdb.Error as error:
-        if "No space left" in str(error) or ("Input/output error" in str(error) and _no_room(path)):
+        code = code_of(error)
+        if code in FULL or (code == errno.EIO and _no_room(path)):
             raise full(noun, path, when_full, error) from error
         if "Permission denied" in str(error) or "Read-only file system" in str(error):
             raise StoreAccessError(
@@ -55,12 +71,19 @@ def translated(noun: str, path: Path, when_full: str) -> Iterator[None]:
                 f"{noun} {path} was written by another version of LMDB: {error}; copy the store with the memodb "
                 "that wrote it"
             ) from error
-        raise MemoDBError(f"{noun} {path} cannot be used: {error}") from error
+        if code is None:
+            raise MemoDBError(f"{noun} {path} cannot be used: {error}") from error
+        raise named(OSError(code, str(error)), f"{noun} {path}") from error
 
 
 def full(noun: str, path: Path, when_full: str, error: Exception) -> StoreFullError:
     """Return the error of an environment that has no room."""
     return StoreFullError(f"{noun} {path} cannot grow: {error}; free space on its file system, or {when_full}")
+
+
+def code_of(error: lmdb.Error) -> int | None:
+    """Return the errno of an error that LMDB passes on from the operating system, None where it is LMDB's own."""
+    return next((code for code in errno.errorcode if str(error).endswith(f": {os.strerror(code)}")), None)
 
 
 def _no_room(path: Path) -> bool:

@@ -109,7 +109,10 @@ class PageGuard:
 
     def seal(self, transaction: int) -> None:
         """Seal the meta page that a transaction, just committed, was written to."""
-        at = (transaction & 1) * page_size(os.pread(self._fd, META_BYTES, 0))
+        try:
+            at = (transaction & 1) * page_size(os.pread(self._fd, META_BYTES, 0))
+        except Damage as error:
+            raise self._damaged(error) from None
         page = os.pread(self._fd, META_BYTES, at)
         if written_by(page) == transaction:
             os.pwrite(self._fd, pack_seal(page, transaction), at + SEAL_AT)

@@ -14,9 +14,11 @@ import fcntl
 import os
 import struct
 import threading
+from contextlib import suppress
 from pathlib import Path
 
 from memodb.errors import StoreAccessError, WriterLockedError
+from memodb.os_errors import named
 
 _FLOCK = struct.Struct("hhqqi4x")  # struct flock of 64-bit Linux: l_type, l_whence, l_start, l_len, l_pid
 _held: set[int] = set()
@@ -105,12 +107,14 @@ class WriterLock:
                 os.ftruncate(fd, 0)
                 os.pwrite(fd, f"{self._pid}\n".encode(), 0)
             except OSError as error:
-                holder = os.pread(fd, 32, 0)
+                holder = b""
+                with suppress(OSError):
+                    holder = os.pread(fd, 32, 0)
                 os.close(fd)
                 if error.errno in (errno.EACCES, errno.EAGAIN):
                     raise _locked(path, holder) from None
                 if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-                    raise
+                    raise named(error, path) from error
                 raise StoreAccessError(f"{path} cannot be written: {error.strerror}; free space there") from error
             self._fd = fd
             _held.add(fd)

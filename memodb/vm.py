@@ -39,6 +39,9 @@ _PAGEMAP_SCAN = 0xC0606610
 _PAGE_IS_PRESENT, _PAGE_IS_HUGE = 1 << 3, 1 << 6
 _SCAN, _REGION, _REGIONS = struct.Struct("=12Q"), struct.Struct("=3Q"), 64
 
+#: How often what the kernel puts off (EINTR, EAGAIN) is asked for: it must not be for ever.
+_TRIES = 1000
+
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mmap.restype = ctypes.c_void_p
 _libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_int64]
@@ -62,6 +65,10 @@ def _huge_page_size() -> int:
 
 #: Bytes of one huge (PMD) page: 2 MiB on x86-64.
 HUGE: int = _huge_page_size()
+
+
+class FlushError(OSError):
+    """A flush (fsync(2) and its like) failed: nobody knows what the device holds, and to ask again tells nothing."""
 
 
 def _fail(call: str) -> OSError:
@@ -182,12 +189,15 @@ def populate_write(address: int, nbytes: int) -> None:
 
 
 def _populate(address: int, nbytes: int, advice: int) -> None:
-    while _libc.madvise(address, nbytes, advice) != 0:
+    for _ in range(_TRIES):
+        if _libc.madvise(address, nbytes, advice) == 0:
+            return
         code = ctypes.get_errno()
         if code == errno.EINVAL:  # a kernel before 5.14: pages come one by one at their first touch
             return
         if code not in (errno.EINTR, errno.EAGAIN):
-            raise _fail("madvise(MADV_POPULATE)")
+            break
+    raise _fail("madvise(MADV_POPULATE)")
 
 
 def collapse(address: int, nbytes: int) -> bool:
@@ -307,8 +317,18 @@ def sync_directory(path: str | os.PathLike[str]) -> None:
     fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(fd)
+    except OSError as error:
+        raise FlushError(error.errno, error.strerror, os.fspath(path)) from error
     finally:
         os.close(fd)
+
+
+def sync_data(fd: int) -> None:
+    """Make the bytes of an open file durable (fdatasync(2))."""
+    try:
+        os.fdatasync(fd)
+    except OSError as error:
+        raise FlushError(error.errno, error.strerror) from error
 
 
 def sync_filesystem(fd: int) -> None:
@@ -323,7 +343,8 @@ def sync_filesystem(fd: int) -> None:
         EIO, ENOSPC: something of it could not be written (Linux 5.8 and later tell).
     """
     if _libc.syncfs(fd) != 0:
-        raise _fail("syncfs")
+        code = ctypes.get_errno()
+        raise FlushError(code, f"syncfs: {os.strerror(code)}")
 
 
 class Span:

@@ -19,6 +19,7 @@ TREE = {
     "StoreFullError": OSError,
     "StoreAccessError": PermissionError,
     "CorruptionError": OSError,
+    "DeviceError": OSError,
     "FormatVersionError": ValueError,
     "WriterLockedError": BlockingIOError,
     "ReadOnlyError": io.UnsupportedOperation,

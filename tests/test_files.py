@@ -227,8 +227,8 @@ def test_records_can_be_replaced_by_links(make_files, path, shm):
         assert_same_bytes(db.multiget([1, 0]), values[::-1])
 
 
-def test_no_room_at_the_flush_is_no_device_failure(disk, monkeypatch):
-    """As NFS and quotas have it: the put is undone, and the writer goes on."""
+def test_no_room_at_the_flush_ends_the_writer(disk, monkeypatch):
+    """As NFS and quotas have it: the put is undone; a failed flush is not asked for again, whatever its reason."""
     import errno
 
     values = random_records(2, SMALL, "float32")
@@ -238,6 +238,9 @@ def test_no_room_at_the_flush_is_no_device_failure(disk, monkeypatch):
             db.put(values)
         monkeypatch.undo()
         assert files_of(disk / "store") == []
+        with pytest.raises(memodb.ReadOnlyError, match="quota"):
+            db.put(values)
+    with memodb.MemoDB.open(disk / "store", mode="r+") as db:
         assert_same_bytes(db.multiget(db.put(values)), values)
 
 

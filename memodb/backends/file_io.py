@@ -8,10 +8,11 @@ from typing import Any
 
 import numpy as np
 
+from memodb import os_errors
 from memodb.errors import CorruptionError
 
-#: Errors that say that there is no room.
-FULL = {errno.ENOSPC, errno.ENOMEM, errno.EDQUOT, errno.EFBIG}
+#: Errors that say that there is no room, in memory included.
+FULL = os_errors.FULL | {errno.ENOMEM}
 #: Bytes of one pwrite(2): a large write that begins on a multiple of 2 MiB gets large folios in the page cache. (Linux
 #: cuts a write after 2 GiB less a page, which would leave all that follows unaligned.)
 _WRITE = 1 << 30

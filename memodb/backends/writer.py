@@ -74,7 +74,7 @@ class FileWriter:
         On DAX the kernel writes the processor's cache back, wherever the file was written through a mapping, and waits
         until the lines are in persistent memory: what CLWB and SFENCE would do, which Python has no words for.
         """
-        os.fdatasync(self._fd)
+        vm.sync_data(self._fd)
 
     def _write_mapped(self, offset: int, values: np.ndarray[Any, Any], allocated: int, wanted: int) -> int:
         end = offset + values.nbytes

@@ -197,7 +197,10 @@ class ZarrBackend(KeyedBackend):
             try:
                 vm.sync_filesystem(self._descriptor(root))
             except OSError as error:
-                raise self._place.failure("flushed", error) from error
+                translated = self._place.failure("flushed", error)
+                if translated is error:
+                    raise
+                raise translated from error
 
     # --- what is committed ---
 
@@ -310,13 +313,15 @@ class ZarrBackend(KeyedBackend):
         per_object = self._array.per_object
         objects = self._array.objects()
         objects = objects[objects * per_object < self.next]
+        if self._place.root is not None:  # a compaction that was cut off had counted out what is there still
+            self._stored = sum(self._array.sizes(objects))
         dead = np.setdiff1d(objects, (locators // np.uint64(per_object)).astype(np.int64))
         self._dead = [dead[start : start + _GROUP].astype(np.uint64) for start in range(0, len(dead), _GROUP)]
         return [Victim(token, np.zeros(0, np.intp)) for token in range(len(self._dead))]
 
     def rewrite(self, token: int, locators: Locators) -> Locators:
         """Count a group of dead objects out."""
-        # Objects that an interrupted compaction had counted out already may be counted twice.
+        # On another machine, objects that an interrupted compaction had counted out may be counted twice.
         self._stored = max(0, self._stored - sum(self._array.sizes(self._dead[token].astype(np.int64))))
         return locators
 

@@ -102,7 +102,10 @@ class Place:
             except BadZipFile as error:
                 raise CorruptionError(f"{self} is no zip file ({error}); restore it from a copy") from error
             except Exception as error:
-                raise self.failure("opened", error) from error
+                translated = self.failure("opened", error)
+                if translated is error:
+                    raise
+                raise translated from error
         return self._store
 
     def _open(self) -> Store:

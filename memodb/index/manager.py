@@ -99,7 +99,8 @@ class IndexSet:
         self._distrusted: set[int] = set()
         if writable:  # what a killed writer was saving
             for draft in path.glob("*.tmp"):
-                draft.unlink(missing_ok=True)
+                with contextlib.suppress(OSError):
+                    draft.unlink(missing_ok=True)
         self._lock = threading.RLock()
 
     def after_fork(self) -> None:

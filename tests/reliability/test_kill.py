@@ -1,23 +1,46 @@
-"""A writer killed with SIGKILL at random moments: what was acknowledged is there, nothing is there by half.
+"""A writer that is killed: what was acknowledged is there, nothing is there by half, nothing is left over.
 
-``MEMODB_KILLS=50`` sets how many times each case kills (default 5).
+At random moments; and right after each single write, flush, allocation, rename and so on of each operation, by the shim
+of fault.c, which sees them all.
 """
 
 import os
+import random
 import select
-import shutil
 import signal
 import subprocess
 import sys
 import time
 
+import effort
 import numpy as np
 import pytest
+from faults import KINDS as STORES
+from faults import Template, campaign, shim
 
 import memodb
-from memodb.testing import random_records
 
-KILLS = int(os.environ.get("MEMODB_KILLS", "5"))
+#: Times that each of ten stores is killed at random (and some thirty times at named steps, in the quick run too).
+KILLS = effort.count(1, 20)
+#: Share of the long run of kills at named steps.
+SHARE = 0.1
+#: What is done, and after which calls of it the process is killed.
+OPERATIONS = ("create", "put", "delete", "compact", "reindex", "close", "copy")
+STEPS = (
+    "write", "fdatasync", "fsync", "syncfs", "collapse", "truncate", "fallocate", "rename", "unlink", "mkdir", "mmap",
+)  # fmt: skip
+    "write",
+    "fdatasync",
+    "fsync",
+    "syncfs",
+    "collapse",
+    "truncate",
+    "fallocate",
+    "rename",
+    "unlink",
+    "mkdir",
+    "mmap",
+)
 
 WRITER = """
 import sys
@@ -122,58 +145,68 @@ KINDS = {
 }
 
 
-AT_A_WRITE = """
-import os, sys
-import memodb
-from memodb.testing import random_records
-
-with memodb.MemoDB.open(sys.argv[1], mode="r+") as db:
-    number = int(sys.argv[2])
-    os.write(2, b"")  # a mark for the trace: what follows is the put
-    db.put(random_records(3, (2, 1024), "float32", number), namespace=str(number))
-"""
+@pytest.fixture(scope="module")
+def library(tmp_path_factory):
+    return shim(tmp_path_factory.mktemp("shim"))
 
 
-@pytest.mark.parametrize("backend", ["arena", "files", "lmdb", "zarr"])
-@pytest.mark.parametrize("call", ["pwrite64", "fdatasync"])
-def test_killed_right_after_a_write_while_somebody_reads(disk, peer, backend, call):
-    """Killed after its N-th write or flush, for each N: what it committed is there as a whole, or not at all.
+@pytest.fixture
+def template(library):
+    started = Template(library)
+    yield started
+    started.close()
+
+
+#: Of the quick run.
+QUICK = [
+    ("shm", "arena", "put", "write"),
+    ("shm", "arena", "compact", "unlink"),
+    ("shm", "huge", "copy", "collapse"),
+    ("shm", "arena", "create", "mkdir"),
+    ("shm", "arena", "copy", "write"),
+    ("shm", "arena", "close", "rename"),
+    ("shm", "lmdb", "compact", "write"),
+    ("shm", "lmdb", "compact", "rename"),
+    ("shm", "files", "put", "write"),
+    ("shm", "zarr", "put", "rename"),
+    ("disk", "arena", "put", "fdatasync"),
+    ("disk", "arena", "delete", "fdatasync"),
+    ("disk", "arena", "reindex", "unlink"),
+    ("disk", "files", "compact", "unlink"),
+    ("disk", "lmdb", "put", "fdatasync"),
+    ("disk", "zarr", "compact", "unlink"),
+]
+
+
+def kill_after(template, where, kind, operation, step, most):
+    """Kill after the N-th call of a kind, at `most` of them (None: each); return how many kills that were.
 
     Another process has the store open all the time, so LMDB's lock file, which tells what was committed last, is not
     made anew: a commit that reached the disk a moment before the kill must not be overwritten by the next put.
     """
-    if shutil.which("strace") is None:
-        pytest.skip("strace, which kills at a given call, is not installed")
-    path = disk / "store"
-    with memodb.MemoDB.create(path, shape=(2, 1024), dtype="float32", backend=backend) as db:
-        db.put(random_records(3, (2, 1024), "float32", 999))
-    reader = peer()
-    reader.ask("open", path=str(path))
-    model, killed = dict.fromkeys(range(3), ("", 999)), 0
-    for nth in range(1, 60):
-        trace = ["strace", "-f", "-qq", "-e", f"trace={call}", "-o", "/dev/null"]
-        # SIGKILL would come before the call is made; this comes after it, and Python has no handler for it.
-        inject = ["-e", f"inject={call}:signal=SIGTERM:when={nth}"]
-        done = subprocess.run([*trace, *inject, sys.executable, "-c", AT_A_WRITE, path, str(nth)], capture_output=True)
-        killed += done.returncode in (-signal.SIGTERM, 128 + signal.SIGTERM)
-        with memodb.MemoDB.open(path, mode="r+") as db:
-            found = db.ids(str(nth)).tolist()
-            assert found == [] or found == list(range(max(model) + 1, max(model) + 4))
-            assert found or done.returncode != 0, "it was acknowledged"
-            model.update((i, (str(nth), nth)) for i in found)
-            ids = db.put(random_records(3, (2, 1024), "float32", 100 + nth), namespace=f"next {nth}").tolist()
-            assert ids == list(range(max(model) + 1, max(model) + 4)), "ids go on where the catalog is"
-            model.update((i, (f"next {nth}", 100 + nth)) for i in ids)
-            assert db.verify() == []
-            for i in [*found[:1], ids[0]]:
-                expected = random_records(3, (2, 1024), "float32", model[i][1])
-                assert np.array_equal(db.multiget([i, i + 1, i + 2]).view(np.uint8), expected.view(np.uint8))
-        assert reader.ask("ids") == sorted(model)
-        if done.returncode == 0:
-            break
-    assert done.returncode == 0, done.stderr
-    assert killed >= 1
-    assert reader.ask("verify") == []
+    answer = template.ask(**campaign(where, kind, operation, step, "", "kill", most))
+    told = "".join(f"\n{text}" for text in answer["wrong"][:3])
+    assert not answer["wrong"], f"{operation} on {kind} in {where}, killed after {step}:{told}"
+    assert set(answer["outcomes"]) <= {"killed"}
+    return answer["faults"]
+
+
+def test_killed_at_a_named_step(shm, disk, template):
+    for place, kind, operation, step in QUICK:
+        kills = kill_after(template, {"shm": shm, "disk": disk}[place], kind, operation, step, 2)
+        assert kills, f"{operation} on {kind} makes no call of {step} any more: choose another"
+        effort.report("kills", at_a_named_step=kills)
+
+
+@pytest.mark.skipif(not effort.is_long(), reason="of the long run")
+def test_killed_at_every_named_step(shm, disk, template):
+    steps = [(w, k, o, s) for w in (shm, disk) for k in STORES for o in OPERATIONS for s in STEPS]
+    rng = random.Random(1)
+    rng.shuffle(steps)
+    following = iter(steps)
+    for _ in effort.rounds(1, SHARE):
+        kills = kill_after(template, *next(following, rng.choice(steps)), None)
+        effort.report("kills", at_a_named_step=kills)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -199,3 +232,4 @@ def test_killed_writer(folder, kind):
             assert db.verify() == []
         done = reached
     assert done >= KILLS
+    effort.report("kills", at_random=KILLS)
