@@ -226,8 +226,12 @@ class ArenaBackend(ValueBackend):
                 del self._open[number]
         if len(self._table):  # only the last segment is ever appended to
             tail = int(self._table[-1]["number"])
-            with contextlib.suppress(FileNotFoundError):  # verify() and reads say so; the store must open for that
-                self._segment(tail).truncate(known[tail])
+            try:
+                whole = self._segment(tail).truncate(known[tail])
+            except (CorruptionError, FileNotFoundError):  # verify() and reads say so; the store must open for that
+                whole = False
+            if not whole:  # what is put next goes elsewhere
+                self._table[-1]["sealed"] = 1
         self._unsynced.clear()
 
     def refresh(self, state: bytes) -> bool:

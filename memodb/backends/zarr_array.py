@@ -303,7 +303,7 @@ def _codec_names(codecs: Any) -> set[str]:
 
 
 def _essence(metadata: Any) -> dict[str, Any]:
-    """Return what of the metadata must be as this store writes it: all but the length, attributes, and the byte order."""
+    """Return what of the metadata must be as this store writes it: all but length, attributes and byte order."""
     plain = metadata.to_dict()
     codecs = [dict(codec.to_dict()) for codec in metadata.codecs]
     inside = codecs[0].get("configuration", {}) if codecs[0]["name"] == "sharding_indexed" else {}
