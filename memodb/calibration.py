@@ -131,7 +131,7 @@ class _Bench:
 
     def _gather(self, ids: Ids, strategy: Strategy, threads: int) -> MappedBatch:
         spec = self._db.spec
-        return self._db._gathered(ids, lambda source: gather_batch(source, spec, ids, strategy, threads=threads))
+        return self._db._gathered(ids, lambda source, _: gather_batch(source, spec, ids, strategy, threads=threads))
 
 
 def _read(values: np.ndarray[Any, Any]) -> None:

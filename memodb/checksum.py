@@ -54,15 +54,21 @@ def crc32c(data: Any) -> int:
     return int(value)
 
 
-def record_checksums(values: np.ndarray[Any, Any]) -> np.ndarray[Any, np.dtype[np.uint32]]:
-    """Return the CRC-32C of each record of `values` [n, ...], uint32 [n]; strided records are packed one at a time."""
-    n = len(values)
+def record_checksums(
+    values: np.ndarray[Any, Any], places: np.ndarray[Any, np.dtype[np.intp]] | None = None
+) -> np.ndarray[Any, np.dtype[np.uint32]]:
+    """Return the CRC-32C of each record of `values` [n, ...], or of those at `places` [m]: uint32 [n] or [m].
+
+    Strided records are packed one at a time.
+    """
+    which = range(len(values)) if places is None else places.tolist()
+    n, nbytes = len(which), values.nbytes // max(1, len(values))
     sums = np.empty(n, np.uint32)
-    step = max(1, _SHARE * n // max(1, values.nbytes))
+    step = max(1, _SHARE // max(1, nbytes))
 
     def work(i: int) -> None:
         for j in range(i * step, min((i + 1) * step, n)):
-            sums[j] = crc32c(np.ascontiguousarray(values[j]))
+            sums[j] = crc32c(np.ascontiguousarray(values[which[j]]))
 
-    CREW.share(work, -(-n // step), MOST if values.nbytes >= _SHARED and _EXTEND is not None else 1)
+    CREW.share(work, -(-n // step), MOST if n * nbytes >= _SHARED and _EXTEND is not None else 1)
     return sums

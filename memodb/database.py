@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import secrets
 from collections.abc import Callable, Sequence
@@ -14,6 +15,7 @@ from memodb import arguments, interop, layout
 from memodb.backends import registry
 from memodb.backends.base import Locators, Victim
 from memodb.catalog.catalog import check_name
+from memodb.checks import Verify
 from memodb.checksum import record_checksums
 from memodb.errors import (
     CorruptionError,
@@ -169,7 +171,9 @@ class MemoDB(Handle):
             raise
 
     @classmethod
-    def open(cls, path: str | os.PathLike[str], mode: Literal["r", "r+"] = "r") -> Self:
+    def open(
+        cls, path: str | os.PathLike[str], mode: Literal["r", "r+"] = "r", *, verify: Verify | None = None
+    ) -> Self:
         """Open an existing store; shape, dtype, backend and index come from the store itself.
 
         Parameters
@@ -178,6 +182,11 @@ class MemoDB(Handle):
             Directory of the store.
         mode
             "r": read; "r+": read and write (one handle at a time).
+        verify
+            Whether gathers compare records with their checksums: "never", "first" (each record the first time that
+            this handle returns it) or "always". Default: "never" where records lie on this machine, because reading
+            every byte would undo what mapping saves (`verify` the method reads the whole store back); "always" where
+            they travel (zarr on an object store).
 
         Raises
         ------
@@ -200,20 +209,22 @@ class MemoDB(Handle):
             found = (where / layout.CATALOG / "data.mdb").exists()
         if not found:
             raise StoreNotFoundError(f"{where} holds no memodb store; memodb.MemoDB.create makes one")
-        return cls._open(where, mode)
+        return cls._open(where, mode, verify=verify)
 
     @classmethod
-    def _open(cls, where: Path, mode: Literal["r", "r+"], *, unfinished: bool = False) -> Self:
+    def _open(
+        cls, where: Path, mode: Literal["r", "r+"], *, unfinished: bool = False, verify: Verify | None = None
+    ) -> Self:
         lock = WriterLock(where / layout.LOCK) if mode == "r+" else None
         try:
-            return cls(where, mode, lock, unfinished=unfinished)
+            return cls(where, mode, lock, unfinished=unfinished, verify=verify)
         except BaseException:
             if lock is not None:
                 lock.release()
             raise
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return MemoDB.open, (os.fspath(self._path), "r")
+        return functools.partial(MemoDB.open, verify=self._checks.mode), (os.fspath(self._path), "r")
 
     # --- writing ---
 
@@ -411,14 +422,21 @@ class MemoDB(Handle):
         wanted = arguments.as_ids(ids)
         if out is not None:
             _check_out(out, self._spec, len(wanted))
-        if out is None:
-            batch = self._gathered(wanted, lambda source: gather_batch(source, self._spec, wanted, "copy"))
-            out = batch.numpy(writable=True)
-        elif len(wanted):
-            rows = out.reshape(-1).view(np.uint8).reshape(len(wanted), self._spec.nbytes)
-            self._gathered(wanted, lambda source: copy_into(source, rows))
+        out = self._gathered(wanted, lambda source, seen: self._copied(wanted, source, seen, out))
         self._counters.gathered(wanted.copy(), out.nbytes, mapped=False)
         return out
+
+    def _copied(self, wanted: Ids, source: Source, seen: int, out: np.ndarray[Any, Any] | None) -> np.ndarray[Any, Any]:
+        if out is None:
+            out = gather_batch(source, self._spec, wanted, "copy").numpy(writable=True)
+        elif len(wanted):
+            copy_into(source, out.reshape(-1).view(np.uint8).reshape(len(wanted), self._spec.nbytes))
+        self._check(wanted, out, seen)
+        return out
+
+    def _read_back(self, ids: Ids) -> np.ndarray[Any, Any]:
+        """Return a copy of records that nobody compared with their checksums, for who does that."""
+        return self._gathered(ids, lambda source, _: gather_batch(source, self._spec, ids, "copy").numpy())
 
     def multiget_mapped(self, ids: Any, strategy: Strategy = "auto") -> MappedBatch:
         """Return records as one contiguous tensor, without a copy where their pages can be mapped side by side.
@@ -442,15 +460,16 @@ class MemoDB(Handle):
         MappingUnsupportedError
             If `strategy` is "map" and backend, record size or kernel limits forbid it.
         InvalidIdError, InvalidOptionError, CorruptionError
-            If ids or strategy cannot be used, or a segment was cut short.
+            If ids or strategy cannot be used, or a segment was cut short, or (see `verify` of `open`) a record does not
+            match its checksum.
         """
         self._check_open()
         check_strategy(strategy)
         wanted = arguments.as_ids(ids)
 
-        def gather(source: Source) -> MappedBatch:
+        def gather(source: Source, seen: int) -> MappedBatch:
             prepared = self._prefetched.take(wanted, strategy)
-            return gather_batch(source, self._spec, wanted, strategy) if prepared is None else prepared
+            return self._batch(source, wanted, strategy, seen) if prepared is None else prepared
 
         batch = self._gathered(wanted, gather)
         self._counters.gathered(batch.ids, batch.nbytes, mapped=batch.zero_copy)
@@ -478,7 +497,15 @@ class MemoDB(Handle):
         seen = self._catalog.transaction()
         source = self._source(self._catalog.locators(wanted, seen), seen)
         # One thread: the others belong to what is computed meanwhile.
-        self._prefetched.start(wanted, strategy, lambda: gather_batch(source, self._spec, wanted, strategy, threads=1))
+        self._prefetched.start(wanted, strategy, lambda: self._batch(source, wanted, strategy, seen, threads=1))
+
+    def _batch(
+        self, source: Source, wanted: Ids, strategy: Strategy, seen: int, *, threads: int | None = None
+    ) -> MappedBatch:
+        batch = gather_batch(source, self._spec, wanted, strategy, threads=threads)
+        if self._checks.mode != "never":
+            self._check(wanted, batch.numpy(), seen)
+        return batch
 
     def search(
         self, keys: Any, k: int = 1, *, namespace: str | Sequence[str] = "", max_distance: float | None = None
@@ -621,6 +648,8 @@ class MemoDB(Handle):
             "values_path": usage.place,
             "dax": None if usage.dax is None else dict(usage.dax),
             "indexes_loaded": self._indexes.loaded(),
+            "verify": self._checks.mode,
+            "records_checked": self._checks.checked,
             **self._counters.to_dict(),
         }
 

@@ -15,16 +15,20 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, cast
 
 import lmdb
 
 from memodb.errors import ClosedError, CorruptionError, MemoDBError, StoreFullError
 from memodb.lmdb_errors import MAX_READERS, full, translated
+from memodb.lmdb_guard import PageGuard
+from memodb.lmdb_looks import Looking
 from memodb.lock import lock_bytes
 
 #: A map that the system does not grant is halved, down to this size.
 _MIN_MAP_SIZE = 1 << 28
+#: A reader whose snapshot is overtaken by two commits while it begins, begins again, so often at most.
+_BEGINNINGS = 1000
 #: Where the map grows with the file: how many times the file it is when the file is opened.
 _MAP_PER_FILE = 4
 
@@ -87,7 +91,8 @@ class Environment:
         self._long_reads: set[object] = set()
         self._wanted_alone = 0
         self._env: lmdb.Environment | None = None
-        self._guard = -1
+        self._presence = -1
+        self._pages: PageGuard | None = None
 
     @classmethod
     def acquire(cls, path: Path, *, create: bool = False, kind: Kind = CATALOG) -> Environment:
@@ -157,9 +162,12 @@ class Environment:
         if self._env is not None:
             self._env.close()
         self._env = None
-        if self._guard >= 0:
-            os.close(self._guard)
-            self._guard = -1
+        if self._pages is not None:
+            self._pages.close()
+            self._pages = None
+        if self._presence >= 0:
+            os.close(self._presence)
+            self._presence = -1
 
     def _open(self, *, create: bool) -> None:
         size = self.kind.map_bytes
@@ -168,6 +176,7 @@ class Environment:
         while True:
             try:
                 with self._translated():
+                    self._guard_pages()
                     if not self._fill_lock_file():
                         # Made by LMDB, and filled once LMDB has let go of it (see there).
                         self._open_lmdb(size, create=create).close()
@@ -175,7 +184,9 @@ class Environment:
                     self._env = self._open_lmdb(size, create=create)
                     self._hold_presence()
                     self._env.reader_check()
+                    self._guard_pages()
                 self._check_length()
+                self._look_at_pages()
                 return
             except BaseException as error:
                 self._close()
@@ -185,6 +196,52 @@ class Environment:
                 if not memory or size <= _MIN_MAP_SIZE:
                     raise
                 size //= 2
+
+    def _guard_pages(self) -> None:
+        """Check the meta pages (see `memodb.lmdb_guard`), before LMDB goes by them; of a new file, afterwards."""
+        if self._pages is not None:
+            return
+        data = self.path / "data.mdb"
+        flags = os.O_CLOEXEC | os.O_NOFOLLOW
+        try:
+            fd = os.open(data, os.O_RDWR | flags)
+        except FileNotFoundError:
+            return  # LMDB makes it
+        except OSError:
+            fd = os.open(data, os.O_RDONLY | flags)
+        if os.fstat(fd).st_size == 0 and self._env is None:  # a creation that was cut off
+            os.close(fd)
+            return
+        self._pages = PageGuard(fd, f"{self.kind.noun} {data}")
+        self._pages.metas()
+
+    def _look_at_pages(self) -> None:
+        assert self._env is not None
+        assert self._pages is not None
+        with self._env.begin() as txn:
+            self._hold_reader()
+            self._pages.open(txn.id())
+
+    def _begin(self) -> lmdb.Transaction:
+        """Begin a read transaction, in which LMDB follows no page that was not checked; with the read gate in hand."""
+        for _ in range(_BEGINNINGS):
+            txn = self.handle.begin(buffers=True)
+            self._hold_reader()
+            pages = self._pages
+            if pages is None or pages.complete:
+                return txn
+            try:
+                meta = pages.snapshot(txn.id())
+            except BaseException:
+                txn.abort()
+                raise
+            if meta is not None:
+                return cast(lmdb.Transaction, Looking(txn, pages, meta))
+            txn.abort()  # two commits came since it began, and so it is older than both meta pages
+        raise CorruptionError(
+            f"{self.path / 'lock.mdb'} names a transaction that {self.path / 'data.mdb'} does not have: one of them is "
+            "damaged; close the store in all processes and open it again, or restore it from a copy"
+        )
 
     def _translated(self) -> AbstractContextManager[None]:
         return translated(self.kind.noun, self.path, self.kind.when_full)
@@ -297,8 +354,8 @@ class Environment:
         folder for instance. An open file description lock on the same byte stays until `_close`.
         """
         with suppress(OSError):  # a read-only file system: LMDB does without locks there
-            self._guard = os.open(self.path / "lock.mdb", os.O_RDWR | os.O_CLOEXEC)
-            lock_bytes(self._guard, fcntl.F_RDLCK, 0, 1)
+            self._presence = os.open(self.path / "lock.mdb", os.O_RDWR | os.O_CLOEXEC)
+            lock_bytes(self._presence, fcntl.F_RDLCK, 0, 1)
 
     def _hold_reader(self) -> None:
         """Hold LMDB's lock that tells other processes that this one, a reader, is alive; lost in the same way.
@@ -306,8 +363,8 @@ class Environment:
         Taken by the process, as LMDB does, on the byte that its process id numbers: without it, the next process to
         open the environment would take a read transaction under way here for a dead one's.
         """
-        if self._guard >= 0:
-            lock_bytes(self._guard, fcntl.F_WRLCK, os.getpid(), 1, of_process=True)
+        if self._presence >= 0:
+            lock_bytes(self._presence, fcntl.F_WRLCK, os.getpid(), 1, of_process=True)
 
     @property
     def handle(self) -> lmdb.Environment:
@@ -337,8 +394,7 @@ class Environment:
     @contextmanager
     def read(self) -> Iterator[lmdb.Transaction]:
         """Open a short read transaction; what it returns are buffers that die with it."""
-        with self._read_gate, self._translated(), self.handle.begin(buffers=True) as txn:
-            self._hold_reader()
+        with self._read_gate, self._translated(), self._begin() as txn:
             yield txn
 
     @contextmanager
@@ -358,8 +414,7 @@ class Environment:
                                 self._quiet.wait()
                             # A set and not a count: an interrupt may come between any two of these.
                             self._long_reads.add(mark)
-                            begun = self.handle.begin(buffers=True)
-                            self._hold_reader()
+                            begun = self._begin()
                     except lmdb.MapResizedError:
                         self._long_reads.discard(mark)
                         self._set_map(0)
@@ -398,8 +453,26 @@ class Environment:
                 self._set_map(0)
                 txn = self.handle.begin(write=True, buffers=True)
             with txn:
+                number = txn.id()
+                self._look_before_writing(number)
                 yield txn
+            if self._pages is not None:
+                with suppress(OSError):  # it is committed: an older seal says nothing of it, and harms nothing
+                    self._pages.seal(number)
             self._pad()
+
+    def _look_before_writing(self, number: int) -> None:
+        """Check all pages before the first write of this process: LMDB writes where the list of free pages says."""
+        pages = self._pages
+        if pages is None or pages.complete_for_writing:
+            return
+        meta = pages.snapshot(number - 1)
+        if meta is None:
+            raise CorruptionError(
+                f"{self.path / 'data.mdb'} has no transaction {number - 1}, which {self.path / 'lock.mdb'} names: one "
+                "of them is damaged; close the store in all processes and open it again, or restore it from a copy"
+            )
+        pages.check_all(meta, writing=True)
 
     def change(self, work: Callable[[lmdb.Transaction], None], *, more: int = 0) -> None:
         """Call `work` with a write transaction; again with a map twice as large, until what it writes fits the map.

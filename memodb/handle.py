@@ -18,6 +18,7 @@ from memodb import layout
 from memodb.backends import registry
 from memodb.backends.base import Locators, SupportsExtents, ValueBackend
 from memodb.catalog import Catalog
+from memodb.checks import Checks, Verify
 from memodb.counters import Counters
 from memodb.errors import (
     ClosedError,
@@ -52,6 +53,8 @@ class Handle:
         Settings to make a new store with; None opens an existing one.
     unfinished
         Open what `memodb.copy` has not finished, too.
+    verify
+        As for `MemoDB.open`.
     """
 
     def __init__(
@@ -62,6 +65,7 @@ class Handle:
         settings: dict[str, Any] | None = None,
         *,
         unfinished: bool = False,
+        verify: Verify | None = None,
     ) -> None:
         self._path = path
         self._mode: Literal["r", "r+"] = mode
@@ -72,6 +76,7 @@ class Handle:
         self._unrestored = False
         self._closed = True
         self._counters = Counters()
+        self._checks = Checks(verify or "never")
         self._prefetched = Prefetched()
         self._seen = -1
         self._catalog = Catalog(path / layout.CATALOG, create_with=settings)
@@ -83,6 +88,8 @@ class Handle:
                     "copy) again with the same arguments, and it goes on where it stopped; or remove the directory"
                 )
             self._spec, self._backend = self._make_backend(stored)
+            if verify is None and self._backend.travels:
+                self._checks = Checks("always")
             # Asked once: looking at a Protocol takes longer than the rest of a small gather.
             self._extents = self._backend.extents if isinstance(self._backend, SupportsExtents) else None
             if mode == "r+":
@@ -180,6 +187,7 @@ class Handle:
         self._lock = threading.RLock()
         self._catalog.renew_locks()
         self._prefetched.forget()
+        self._checks.renew_lock()
         self._indexes.after_fork()
         self._backend.after_fork()
 
@@ -258,26 +266,50 @@ class Handle:
         backend = self._backend
         return lambda out: backend.read(locators, out)
 
-    def _gathered(self, ids: np.ndarray[Any, np.dtype[np.int64]], gather: Callable[[Source], T]) -> T:
-        """Look records up and gather them; again, where they were moved or removed between the two."""
+    def _gathered(self, ids: np.ndarray[Any, np.dtype[np.int64]], gather: Callable[[Source, int], T]) -> T:
+        """Look records up and gather them; again, where they were moved or removed between the two.
+
+        `gather` gets where they come from, and the transaction in which they were looked up.
+        """
         tried: tuple[bytes, bytes] | None = None
         while True:
             seen = self._catalog.transaction()
             locators = self._catalog.locators(ids, seen)
             try:
-                return gather(self._source(locators, seen))
-            except FileNotFoundError as error:
-                if isinstance(error, MemoDBError):
+                return gather(self._source(locators, seen), seen)
+            except (FileNotFoundError, _MismatchError) as error:
+                if isinstance(error, MemoDBError) and not isinstance(error, _MismatchError):
                     raise
                 # Compaction in another process may have come in between; without a commit it was not that, nor if
                 # neither the records nor what the backend committed changed from one look to the next.
                 looked = locators.tobytes(), self._catalog.backend_state()[1]
                 if self._catalog.transaction() == seen or tried == looked:
+                    if isinstance(error, _MismatchError):
+                        raise
                     raise CorruptionError(
                         f"what holds records of {self._path} is missing ({error}); restore the store from a copy, or "
                         "delete what verify() names"
                     ) from error
                 tried = looked
+
+    def _check(self, ids: np.ndarray[Any, np.dtype[np.int64]], records: np.ndarray[Any, Any], seen: int) -> None:
+        """Compare gathered `records` [n, ...] with their checksums, as far as `MemoDB.open` was asked to."""
+        if self._checks.mode == "never":
+            return
+        wrong, found, expected = self._checks.damaged(
+            ids, records, lambda wanted: self._catalog.committed(wanted, seen)["checksum"]
+        )
+        if len(wrong):
+            more = f" (and {len(wrong) - 1} more of the batch)" if len(wrong) > 1 else ""
+            raise _MismatchError(
+                f"record {wrong[0]}{more} of {self._path}: CRC-32C {found[0]:#010x}, expected {expected[0]:#010x}; its "
+                "bytes were changed on the store, or on the way: gather again, and if it stays so, delete what "
+                "verify() names and put it again, or restore it from a copy"
+            )
+
+
+class _MismatchError(CorruptionError):
+    """Records do not match their checksums."""
 
 
 #: Errors of a full process, not of the device.

@@ -36,7 +36,7 @@ def verify(db: MemoDB, catalog: Catalog, progress: Callable[[int, int], None] | 
 
 def _check_records(db: MemoDB, ids: np.ndarray[Any, Any], sums: np.ndarray[Any, Any]) -> list[Problem]:
     try:
-        batch = db.multiget(ids)
+        batch = db._read_back(ids)
     except RecordNotFoundError:
         # Another process deleted some of them since the list was made.
         still = np.array([id in db for id in ids.tolist()])

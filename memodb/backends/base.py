@@ -142,6 +142,11 @@ class ValueBackend(ABC):
         return values
 
     @property
+    def travels(self) -> bool:
+        """Whether records come over a network: then gathers check them, unless the caller of ``open`` says no."""
+        return bool(self.abilities.get("remote"))
+
+    @property
     def unit(self) -> int:
         """How many records are kept together: puts of multiples of it waste nothing."""
         return 1

@@ -177,6 +177,11 @@ class ZarrBackend(KeyedBackend):
         return self._coding.kept(values)
 
     @property
+    def travels(self) -> bool:
+        """Whether the array lies on an object store."""
+        return self._place.target.kind == "remote"
+
+    @property
     def unit(self) -> int:
         """Records of an object (see `ValueBackend.unit`)."""
         return int(self._array.per_object)

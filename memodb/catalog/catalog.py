@@ -19,7 +19,7 @@ import lmdb
 import numpy as np
 
 from memodb.catalog import journal
-from memodb.catalog.rows import BLOCK, DELETED, LIVE, ROW, Ids, RowCache, Rows, block_key, unpack, write_rows
+from memodb.catalog.rows import ABSENT, BLOCK, DELETED, LIVE, ROW, Ids, RowCache, Rows, block_key, unpack, write_rows
 from memodb.catalog.settings import parse_settings
 from memodb.catalog.tables import (
     BACKEND,
@@ -238,8 +238,19 @@ class Catalog:
         rows = self.rows(ids, transaction)
         missing = rows["state"] != LIVE
         if missing.any():
+            self._require_rows(ids[missing & (rows["state"] == ABSENT)])
             raise RecordNotFoundError(self._explain_missing(ids[missing], rows["state"][missing]))
         return rows
+
+    def _require_rows(self, ids: Ids) -> None:
+        """Tell ids that were never given from those whose row is lost: every id below the next one has a row."""
+        lost = ids[ids < self.counters()[0]]
+        lost = lost[self.rows(lost)["state"] == ABSENT]  # as of a commit that is not older than the counters
+        if len(lost):
+            raise CorruptionError(
+                f"the row of record {lost[0]} is missing in {self.path} ({len(lost)} such records); restore the store "
+                "from a copy"
+            )
 
     def _explain_missing(self, ids: Ids, states: np.ndarray[Any, Any]) -> str:
         shown = [
