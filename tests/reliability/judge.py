@@ -29,7 +29,7 @@ import memodb.backends.lmdb
 import memodb.backends.zarr
 import memodb.backends.zarr_gather
 import memodb.index.faiss
-import memodb.verify  # noqa: F401
+import memodb.verify
 from memodb.catalog.tables import seal
 
 #: A case takes a hundredth of this.
