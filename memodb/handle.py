@@ -24,6 +24,7 @@ from memodb.errors import (
     ClosedError,
     CorruptionError,
     DeviceError,
+    InvalidOptionError,
     InvalidRecordError,
     MemoDBError,
     ReadOnlyError,
@@ -125,14 +126,14 @@ class Handle:
             backend = registry.load(stored["backend"])
             return spec, backend(values, spec, stored["options"], writable=self._mode == "r+")
         except MemoDBError as error:
-            if not isinstance(error, InvalidRecordError):  # of the settings: see below
+            if not isinstance(error, (InvalidOptionError, InvalidRecordError)):  # of the settings: see below
                 raise
             raise self._unusable(error) from error
         except FileNotFoundError as error:
             raise CorruptionError(f"{values} is missing ({error}); restore the store from a copy") from error
         except OSError as error:
             raise named(error, values) from error
-        except (LookupError, TypeError, ValueError) as error:
+        except (LookupError, OverflowError, TypeError, ValueError) as error:
             raise self._unusable(error) from error
 
     def _unusable(self, error: Exception) -> CorruptionError:

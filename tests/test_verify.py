@@ -150,7 +150,7 @@ def test_an_interrupted_lookup_is_read_again(make, path, monkeypatch):
         db.multiget(ids[:4000])
         whole = rows.unpack
 
-        def interrupted(raw, where):
+        def interrupted(raw, block, where):
             raise KeyboardInterrupt
 
         monkeypatch.setattr(rows, "unpack", interrupted)

@@ -13,7 +13,7 @@ import math
 import os
 import struct
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -21,9 +21,9 @@ import numpy as np
 
 from memodb import vm
 from memodb.backends import dax
-from memodb.backends.base import Locators, Usage, ValueBackend, Values, Victim, take_options
+from memodb.backends.base import Locators, Usage, ValueBackend, Values, Victim, require_options, take_options
 from memodb.backends.pages import note
-from memodb.backends.place import Place, is_writable_directory, own_directory, require_outside
+from memodb.backends.place import Place, is_writable_directory, own_directory, require_outside, require_own
 from memodb.backends.segment import SegmentFile
 from memodb.errors import CorruptionError
 from memodb.extents import Extents
@@ -46,6 +46,12 @@ def _segment_bytes(spec: RecordSpec, room: int) -> int:
     return min(max(wanted, spec.nbytes), 1 << 40)
 
 
+#: What the options can be; `segments_path` is looked at when it is used.
+_OPTIONS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "segment_bytes": (lambda v: type(v) is int and 4096 <= v <= 1 << 40, "an int, 4096 to 2**40 (bytes)"),
+    "durability": (lambda v: v in ("full", "relaxed"), '"full" or "relaxed"'),
+    "huge_pages": (lambda v: isinstance(v, bool), "True or False"),
+}
 #: Compaction: bytes of a run that is worth an append of its own, and how many bytes of shorter ones make one.
 _LONG_RUN, _TOGETHER = 4 << 20, 32 << 20
 #: Up to so many records Python sorts out segments sooner than numpy, whose code and tables are cold in a busy program.
@@ -78,6 +84,7 @@ class ArenaBackend(ValueBackend):
 
     def __init__(self, path: Path, spec: RecordSpec, options: Mapping[str, Any], *, writable: bool) -> None:
         super().__init__(path, spec, options, writable=writable)
+        require_options(options, {name: good for name, (good, _) in _OPTIONS.items()})
         self._slots = min(max(options["segment_bytes"] // spec.nbytes, 1), int(_SLOT_MASK))
         self._table = np.zeros(0, _ENTRY)
         self._next = 1
@@ -87,6 +94,7 @@ class ArenaBackend(ValueBackend):
         self._lock = threading.RLock()
         if writable:
             path.mkdir(exist_ok=True)
+        require_own(options.get("segments_path"))
         self._place = Place(path, options.get("segments_path"))
         self._system = self._place.system
         self._unit = max(vm.HUGE, self._system.page)
@@ -107,13 +115,9 @@ class ArenaBackend(ValueBackend):
             cls.name,
             options,
             {
-                "segment_bytes": (
-                    _segment_bytes(spec, room),
-                    lambda v: type(v) is int and 4096 <= v <= 1 << 40,
-                    "an int, 4096 to 2**40 (bytes)",
-                ),
-                "durability": ("full", lambda v: v in ("full", "relaxed"), '"full" or "relaxed"'),
-                "huge_pages": (True, lambda v: isinstance(v, bool), "True or False"),
+                "segment_bytes": (_segment_bytes(spec, room), *_OPTIONS["segment_bytes"]),
+                "durability": ("full", *_OPTIONS["durability"]),
+                "huge_pages": (True, *_OPTIONS["huge_pages"]),
                 "segments_path": (
                     None,
                     lambda v: v is None or is_writable_directory(v),
@@ -222,8 +226,12 @@ class ArenaBackend(ValueBackend):
                 del self._open[number]
         if len(self._table):  # only the last segment is ever appended to
             tail = int(self._table[-1]["number"])
-            with contextlib.suppress(FileNotFoundError):  # verify() and reads say so; the store must open for that
-                self._segment(tail).truncate(known[tail])
+            try:
+                whole = self._segment(tail).truncate(known[tail])
+            except (CorruptionError, FileNotFoundError):  # verify() and reads say so; the store must open for that
+                whole = False
+            if not whole:  # what is put next goes elsewhere
+                self._table[-1]["sealed"] = 1
         self._unsynced.clear()
 
     def refresh(self, state: bytes) -> bool:
@@ -241,11 +249,21 @@ class ArenaBackend(ValueBackend):
             state = _NEXT.pack(1)
         if len(state) > _NEXT.size:
             self._place.require()
-        if (len(state) - _NEXT.size) % _ENTRY.itemsize:
-            raise CorruptionError(f"the table of segments of {self.path} is damaged; restore the store from a copy")
+        if len(state) < _NEXT.size or (len(state) - _NEXT.size) % _ENTRY.itemsize:
+            raise self._damaged(f"it has {len(state)} bytes")
         self._next = _NEXT.unpack_from(state)[0]
         self._table = np.frombuffer(state, _ENTRY, offset=_NEXT.size).copy()
+        for number, sealed, used, allocated, huge in self._table.tolist():
+            if not (sealed <= 1 and used <= self._slots and used * self.spec.nbytes <= allocated <= self._full):
+                raise self._damaged(f"segment {number} of {used} records in {allocated} bytes cannot be")
+            if huge > allocated or not 0 < number < self._next:
+                raise self._damaged(f"segment {number} with {huge} of {allocated} bytes on huge pages cannot be")
+        if self._next > 1 << 32 or len(np.unique(self._table["number"])) < len(self._table):
+            raise self._damaged("it names a segment twice, or numbers that there are not")
         self._flag_huge()
+
+    def _damaged(self, why: str) -> CorruptionError:
+        return CorruptionError(f"the table of segments of {self.path} is damaged: {why}; restore the store from a copy")
 
     def _flag_huge(self) -> None:
         if self._measures:
@@ -279,7 +297,13 @@ class ArenaBackend(ValueBackend):
             segment = self._ready(number)
             segment.require(((last & 0xFFFFFFFF) + 1) * self.spec.nbytes)
             return Extents.in_one(segment, (locators - np.uint64(number << 32)).view(np.int64), self.spec.nbytes)
-        offsets = (locators & _SLOT_MASK).view(np.int64) * self.spec.nbytes
+        slots = locators & _SLOT_MASK
+        if int(slots.max()) >= self._slots:  # its place would not even fit a number
+            raise CorruptionError(
+                f"a record of {self.path} shall lie in place {int(slots.max())} of a segment, which has {self._slots}; "
+                "restore the store from a copy"
+            )
+        offsets = slots.view(np.int64) * self.spec.nbytes
         if len(locators) <= _FEW:
             numbers = (locators >> _SLOT_BITS).tolist()
             places = {number: i for i, number in enumerate(dict.fromkeys(numbers))}

@@ -260,3 +260,18 @@ def take_options(
             raise InvalidOptionError(f"option {name}={value!r} of backend {backend!r}: expected {expected}")
         taken[name] = value
     return taken
+
+
+def require_options(options: Mapping[str, Any], known: Mapping[str, Callable[[Any], bool]]) -> None:
+    """Check options as they come back from a store's settings, which may be damaged or made up.
+
+    Raises
+    ------
+    ValueError
+        Naming the first that is missing or cannot be used.
+    """
+    for name, good in known.items():
+        if name not in options:
+            raise ValueError(f"option {name} is missing")
+        if not good(options[name]):
+            raise ValueError(f"option {name} is {str(options[name])[:60]!r}")

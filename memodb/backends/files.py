@@ -12,7 +12,7 @@ import math
 import os
 import struct
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, ClassVar, overload
@@ -21,7 +21,7 @@ import numpy as np
 
 from memodb import vm
 from memodb.backends import dax
-from memodb.backends.base import Locators, Usage, Values, take_options
+from memodb.backends.base import Locators, Usage, Values, require_options, take_options
 from memodb.backends.descriptors import DESCRIPTORS, OpenFile
 from memodb.backends.file_io import FULL, write_all
 from memodb.backends.keyed import KeyedBackend
@@ -34,6 +34,11 @@ from memodb.threads import CREW, MOST
 
 _BITS = 10
 _LEAF = (1 << _BITS) - 1
+#: name -> (default, test, what is expected), for `take_options`
+_OPTIONS: dict[str, tuple[Any, Callable[[Any], bool], str]] = {
+    "durability": ("full", lambda v: v in ("full", "relaxed"), '"full" or "relaxed"'),
+    "huge_pages": (True, lambda v: isinstance(v, bool), "True or False"),
+}
 #: Bytes on huge pages and groups erased, behind what every keyed backend remembers.
 _MORE = struct.Struct("<QQ")
 _REFUSED = {errno.EACCES, errno.EPERM, errno.EROFS, errno.EMFILE, errno.ENFILE}
@@ -59,6 +64,7 @@ class FilesBackend(KeyedBackend):
 
     def __init__(self, path: Path, spec: RecordSpec, options: Mapping[str, Any], *, writable: bool) -> None:
         super().__init__(path, spec, options, writable=writable)
+        require_options(options, {name: good for name, (_, good, _) in _OPTIONS.items()})
         self._system = vm.filesystem(path)
         self._root = os.fspath(path)
         # Before anything is written: see `vm.sync_filesystem`.
@@ -78,10 +84,7 @@ class FilesBackend(KeyedBackend):
         return take_options(
             cls.name,
             options,
-            {
-                "durability": ("full", lambda v: v in ("full", "relaxed"), '"full" or "relaxed"'),
-                "huge_pages": (True, lambda v: isinstance(v, bool), "True or False"),
-            },
+            _OPTIONS,
         )
 
     def _folder(self, leaf: int) -> str:
@@ -162,8 +165,10 @@ class FilesBackend(KeyedBackend):
     def refresh(self, state: bytes) -> bool:
         """Take note of a committed state, and let go of files that may have been unlinked since the last one."""
         super().refresh(state)
-        before = self._erased
-        self._huge, self._erased = _MORE.unpack_from(state, len(state) - _MORE.size) if state else (0, 0)
+        before, own = self._erased, len(super().state())
+        if state and len(state) != own + _MORE.size:
+            raise self.damaged(f"{len(state)} bytes, expected {own + _MORE.size}")
+        self._huge, self._erased = _MORE.unpack_from(state, own) if state else (0, 0)
         if not self._measures:
             self._medium.huge_share = self._share_put(self.kept)
         if self._erased == before:

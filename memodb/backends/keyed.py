@@ -15,6 +15,8 @@ from memodb.errors import CorruptionError
 from memodb.record import RecordSpec
 
 _STATE = struct.Struct("<QQ")
+#: Numbers stay below this.
+_MOST = 1 << 62
 #: Dead records that compaction takes away at a time.
 _GROUP = 4096
 
@@ -93,13 +95,21 @@ class KeyedBackend(ValueBackend):
 
     def refresh(self, state: bytes) -> bool:
         """Take note of a committed state (see `ValueBackend.refresh`)."""
-        try:
-            self.next, self.kept = _STATE.unpack_from(state or _STATE.pack(0, 0))
-        except struct.error as error:
-            raise CorruptionError(
-                f"the state of the records in {self.path} is damaged ({error}); restore the store from a copy"
-            ) from error
+        if not state:  # nothing was put yet
+            self.next = self.kept = 0
+            return False
+        if len(state) < _STATE.size:
+            raise self.damaged(f"{len(state)} bytes")
+        self.next, self.kept = _STATE.unpack_from(state)
+        if not self.kept <= self.next <= _MOST:
+            raise self.damaged(f"{self.kept} records kept, next number {self.next}")
         return False
+
+    def damaged(self, why: str) -> CorruptionError:
+        """Return the error of a committed state that cannot be."""
+        return CorruptionError(
+            f"the state of the records in {self.path} is damaged: {why}; restore the store from a copy"
+        )
 
     def victims(self, locators: Locators) -> list[Victim]:
         """Return the dead records, some thousands at a time; nothing that lives has to move."""

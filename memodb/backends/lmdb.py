@@ -6,7 +6,7 @@ import os
 import shutil
 import struct
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from memodb import vm
-from memodb.backends.base import Locators, Usage, Values, Victim, take_options
+from memodb.backends.base import Locators, Usage, Values, Victim, require_options, take_options
 from memodb.backends.keyed import KeyedBackend
 from memodb.environment import Environment, Kind
 from memodb.errors import ClosedError, CorruptionError, InvalidOptionError, MemoDBError, StoreFullError
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 Bytes1D = np.ndarray[Any, np.dtype[np.uint8]]
 
 _key = struct.Struct(">Q").pack
-_GENERATION = struct.Struct("<Q")
+_GENERATION, _KEY_BYTES = struct.Struct("<Q"), 8
 #: LMDB keeps what a transaction writes in memory until it commits: so many bytes of records, and so many records.
 _TRANSACTION, _RECORDS = 64 << 20, 1 << 16
 #: What each of several threads copies at a time, and from how many bytes on a second one is worth waking.
@@ -38,6 +38,13 @@ _MOST = 1 << 32
 _PAGE_HEADER, _NODE, _INLINE = 16, 18, (vm.PAGE - 16) // 2 - 2
 #: Records of so many bytes span enough pages for a disk to read ahead.
 _READ_AHEAD = 16 << 10
+
+
+#: name -> (default, test, what is expected), for `take_options`
+_OPTIONS: dict[str, tuple[Any, Callable[[Any], bool], str]] = {
+    "map_bytes": (1 << 30, lambda v: type(v) is int and 1 << 16 <= v <= 1 << 46, "an int, 2**16 to 2**46 (bytes)"),
+    "durability": ("full", lambda v: v in ("full", "relaxed", "none"), '"full", "relaxed" or "none"'),
+}
 
 
 class LmdbBackend(KeyedBackend):
@@ -69,6 +76,7 @@ class LmdbBackend(KeyedBackend):
 
     def __init__(self, path: Path, spec: RecordSpec, options: Mapping[str, Any], *, writable: bool) -> None:
         super().__init__(path, spec, options, writable=writable)
+        require_options(options, {name: good for name, (_, good, _) in _OPTIONS.items()})
         self._generation = 1
         self._kind = Kind(
             noun="the environment of records",
@@ -98,18 +106,7 @@ class LmdbBackend(KeyedBackend):
         return take_options(
             cls.name,
             options,
-            {
-                "map_bytes": (
-                    1 << 30,
-                    lambda v: type(v) is int and 1 << 16 <= v <= 1 << 46,
-                    "an int, 2**16 to 2**46 (bytes)",
-                ),
-                "durability": (
-                    "full",
-                    lambda v: v in ("full", "relaxed", "none"),
-                    '"full", "relaxed" or "none"',
-                ),
-            },
+            _OPTIONS,
         )
 
     # --- the environment of this generation ---
@@ -234,7 +231,14 @@ class LmdbBackend(KeyedBackend):
         with self._opened() as env, env.long_read() as txn:
             cursor = txn.cursor()
             keys = cursor.iternext(keys=True, values=False) if cursor.set_range(_key(first)) else iter(())
-            return np.frombuffer(b"".join(keys), ">u8").astype(np.uint64)
+            joined = b"".join(key if len(key) == _KEY_BYTES else self._refuse(key) for key in keys)
+        return np.frombuffer(joined, ">u8").astype(np.uint64)
+
+    def _refuse(self, key: bytes | memoryview) -> bytes:
+        raise CorruptionError(
+            f"{self._data()} has a value under {bytes(key)[:40]!r}, which is no record's number; restore the store "
+            "from a copy"
+        )
 
     # --- reading ---
 
@@ -273,12 +277,9 @@ class LmdbBackend(KeyedBackend):
         super().refresh(state)
         if not state:
             return 1
-        try:
-            return int(_GENERATION.unpack_from(state, known)[0])
-        except struct.error as error:
-            raise CorruptionError(
-                f"the state of the records in {self.path} is damaged ({error}); restore the store from a copy"
-            ) from error
+        if len(state) != known + _GENERATION.size:
+            raise self.damaged(f"{len(state)} bytes, expected {known + _GENERATION.size}")
+        return int(_GENERATION.unpack_from(state, known)[0])
 
     def refresh(self, state: bytes) -> bool:
         """Take note of a committed state; a later generation is opened at the next read."""

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import secrets
 import shutil
 from pathlib import Path
 
 from memodb import vm
 from memodb.errors import InvalidOptionError, StoreAccessError, StoreFullError, StoreNotFoundError
+
+_PREFIX = "memodb-"
 
 
 class Place:
@@ -107,4 +110,21 @@ def is_writable_directory(path: object) -> bool:
 
 def own_directory(segments_path: str) -> str:
     """Return the path of a directory of a new store's own in `segments_path`, so that no two stores mix."""
-    return os.path.join(os.path.abspath(segments_path), f"memodb-{secrets.token_hex(8)}")
+    return os.path.join(os.path.abspath(segments_path), f"{_PREFIX}{secrets.token_hex(8)}")
+
+
+def require_own(directory: object) -> None:
+    """Make sure that a directory from a store's settings is one that `own_directory` names.
+
+    A writer removes segments in there that no commit knows: settings that somebody made up must not lead it elsewhere.
+
+    Raises
+    ------
+    ValueError
+        If it is not.
+    """
+    if directory is None:
+        return
+    name = os.path.basename(directory) if isinstance(directory, str) and os.path.isabs(directory) else ""
+    if not re.fullmatch(f"{_PREFIX}[0-9a-f]{{16}}", name) or "\0" in str(directory):
+        raise ValueError(f"option segments_path is {str(directory)[:60]!r}, no directory that a store makes")

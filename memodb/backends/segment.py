@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import math
 import os
+import stat
 import time
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,9 @@ from memodb.backends.file_io import FULL, read_all
 from memodb.backends.pages import LOOK_AGAIN, LOOK_AGAIN_SOON, measured_share
 from memodb.backends.writer import FileWriter
 from memodb.errors import CorruptionError, StoreAccessError, StoreFullError
+
+#: What lies in a segment's place is no file: a directory, a link, a socket.
+_NO_FILE = {errno.EISDIR, errno.ELOOP, errno.ENOTDIR, errno.ENXIO, errno.ENODEV}
 
 
 class SegmentFile:
@@ -88,7 +92,11 @@ class SegmentFile:
                     f"segment {path} cannot be opened: {error.strerror}; a store holds one descriptor a segment: raise "
                     "the limit (ulimit -n), or copy the store with larger segment_bytes"
                 ) from error
+            if error.errno in _NO_FILE:
+                raise self._no_file(error.strerror) from error
             raise
+        if not stat.S_ISREG(os.fstat(self.fd).st_mode):
+            raise self._no_file("it is no file")
         self.dax = not system.in_memory and vm.is_dax(self.fd)
         self._writer = FileWriter(self.fd, system, huge=huge, dax=self.dax)
         try:
@@ -106,6 +114,11 @@ class SegmentFile:
         self.address = address
         if prefer_huge:
             vm.prefer_huge(address, capacity)
+
+    def _no_file(self, why: str | None) -> CorruptionError:
+        return CorruptionError(
+            f"segment {self.path} cannot be opened: {why}; restore the store from a copy, or delete what verify() names"
+        )
 
     def __del__(self) -> None:
         if self.address:
@@ -218,10 +231,12 @@ class SegmentFile:
             f"nothing was stored; free space{more}, delete and compact(), or move the store"
         ) from full_error
 
-    def truncate(self, nbytes: int) -> None:
-        """Cut leftovers beyond `nbytes` off."""
-        if os.fstat(self.fd).st_size > nbytes:
+    def truncate(self, nbytes: int) -> bool:
+        """Cut leftovers beyond `nbytes` off; return whether the file reaches so far at all."""
+        size = os.fstat(self.fd).st_size
+        if size > nbytes:
             os.ftruncate(self.fd, nbytes)
+        return size >= nbytes
 
     def sync(self) -> None:
         """Flush the file's data to its device; a no-op on tmpfs."""

@@ -19,7 +19,7 @@ from memodb.backends.base import Locators, Usage, Values, Victim
 from memodb.backends.keyed import KeyedBackend
 from memodb.backends.place import require_outside
 from memodb.backends.zarr_codecs import Coding
-from memodb.backends.zarr_options import check
+from memodb.backends.zarr_options import check, recheck
 from memodb.backends.zarr_url import Target, choose_client, parse_storage_options, parse_url
 from memodb.errors import (
     CorruptionError,
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from memodb.backends.zarr_gather import Reader
 
 _STATE = struct.Struct("<QQ")
+_MOST_ROWS = 1 << 62
 #: Objects that compaction removes at a time.
 _GROUP = 4096
 
@@ -84,6 +85,7 @@ class ZarrBackend(KeyedBackend):
     abilities: ClassVar[Mapping[str, bool]] = {"maps": False, "durable": True, "remote": True, "compresses": True}
 
     def __init__(self, path: Path, spec: RecordSpec, options: Mapping[str, Any], *, writable: bool) -> None:
+        recheck(self.name, options, spec)
         target = _target(path, options)
         if target.kind == "zip" and writable:
             raise StoreAccessError(
@@ -225,25 +227,24 @@ class ZarrBackend(KeyedBackend):
             return
         if length > self.next:
             self._array.remove_partial()
-            per_object = self._array.per_object
-            self._array.remove(np.arange(-(-self.next // per_object), -(-length // per_object)))
+            left = self._array.objects()  # of those that are there: the length may be anybody's
+            self._array.remove(left[left >= -(-self.next // self._array.per_object)])
         self._array.resize(self.next)
 
     def numbers(self, first: int) -> Locators:
         """Return the rows from `first` on, whether or not they hold a record."""
-        return np.arange(first, max(self._array.length, first), dtype=np.uint64)
+        return np.arange(first, max(min(self._array.length, self.next), first), dtype=np.uint64)
 
     def erase(self, numbers: Locators) -> None:
         """Remove the objects of rows."""
         self._array.remove(np.unique(numbers // np.uint64(self._array.per_object)).astype(np.int64))
 
     def _parse(self, state: bytes) -> None:
-        try:
-            self.next, self._stored = _STATE.unpack(state or _STATE.pack(0, 0))
-        except struct.error as error:
-            raise CorruptionError(
-                f"the state of the records in {self._place} is damaged ({error}); restore the store from a copy"
-            ) from error
+        if state and len(state) != _STATE.size:
+            raise self.damaged(f"{len(state)} bytes, expected {_STATE.size}")
+        self.next, self._stored = _STATE.unpack(state) if state else (0, 0)
+        if self.next > _MOST_ROWS:
+            raise self.damaged(f"next row {self.next}")
 
     def _open_array(self) -> None:
         try:

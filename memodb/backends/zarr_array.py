@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -29,6 +30,10 @@ Objects = np.ndarray[Any, np.dtype[np.int64]]
 _OWNER = "memodb"
 #: Half-written files that zarr's local store leaves when it is killed.
 _PARTIAL = ".partial"
+#: Bytes of the metadata at most, the codecs that it may name, and what of it must be as it was written.
+_MOST_METADATA = 1 << 20
+_CODECS = {"bytes", "zstd", "blosc", "sharding_indexed", "crc32c"}
+_NUMBER = re.compile("[0-9]{1,18}")
 
 
 class RecordArray:
@@ -106,13 +111,13 @@ class RecordArray:
         StoreAccessError
             If it cannot be read.
         """
-        raw = self.place.get(METADATA)
+        raw = self.place.get(METADATA, most=_MOST_METADATA)
         if raw is None:
             self._array = None
             return False
         try:
             document = json.loads(raw)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             if not repair:
                 raise CorruptionError(
                     f"{METADATA} of {self.place} is damaged ({error}); opening the store once with mode='r+' writes it "
@@ -127,21 +132,21 @@ class RecordArray:
                 f"what lies at {self.place} belongs to another store, or to somebody else, and was put there; move it "
                 "away, or create this store anew with another url"
             )
-        try:
-            self._array = self._parsed(document)
-        except (ValueError, TypeError, LookupError) as error:
-            raise CorruptionError(
-                f"{METADATA} of {self.place} cannot be used ({error}): restore it from a copy"
-            ) from error
-        self._check()
+        self._check(document)
         return True
 
     def exists(self) -> bool:
         """Return whether the metadata is there still."""
-        return self.place.get(METADATA) is not None
+        return self.place.get(METADATA, most=_MOST_METADATA) is not None
 
     def make(self, rows: int) -> None:
         """Write the metadata; chunks are left as they are."""
+        document = self._document(rows)
+        self.place.put(METADATA, document)
+        self._array = self._parsed(json.loads(document))
+
+    def _document(self, rows: int) -> bytes:
+        """Return the metadata of the array with so many rows, as zarr writes it."""
         memory: dict[str, Any] = {}
         # Made aside: zarr looks first whether an array is there, and removes its chunks or refuses.
         zarr.create_array(
@@ -157,23 +162,35 @@ class RecordArray:
             chunk_key_encoding={"name": "default", "separator": "."},
             attributes={_OWNER: {"store": self._token}, **self.coding.attributes},
         )
-        document = memory[METADATA].to_bytes()
-        self.place.put(METADATA, document)
-        self._array = self._parsed(json.loads(document))
+        return bytes(memory[METADATA].to_bytes())
 
     def _parsed(self, document: Any) -> Any:
         array = zarr.Array.from_dict(StorePath(self.place.store), document)
         # Otherwise zarr leaves chunks out that equal the fill value, and to it -0.0 equals 0.0.
         return array.async_array.with_config({"write_empty_chunks": True})
 
-    def _check(self) -> None:
-        shape, dtype = tuple(self._array.shape[1:]), self._array.dtype
-        rows = self._array.metadata.chunk_grid.chunk_shape[0]
-        if (shape, dtype, rows) != (self._shape, self.coding.dtype, self.per_object):
+    def _check(self, document: Any) -> None:
+        """Open the array that a document tells of, if it is the one that `make` writes, of any length."""
+        try:
+            # First: a codec is code, and parsing a document loads what it names.
+            if not _codec_names(document["codecs"]) <= _CODECS:
+                raise ValueError(f"codecs {', '.join(sorted(_codec_names(document['codecs'])))[:200]}")
+            array, expected = self._parsed(document), self._parsed(json.loads(self._document(0)))
+            found, wanted = _essence(array.metadata), _essence(expected.metadata)
+        except MemoryError:
+            raise
+        except Exception as error:  # zarr's, of whatever kind
             raise CorruptionError(
-                f"{METADATA} of {self.place} tells of {dtype} rows {list(shape)}, {rows} an object; expected "
-                f"{self.coding.dtype} rows {list(self._shape)}, {self.per_object} an object: restore it from a copy"
+                f"{METADATA} of {self.place} cannot be used ({error}): restore it from a copy"
+            ) from error
+        different = [name for name in wanted if found[name] != wanted[name]]
+        if different:
+            name = different[0]
+            raise CorruptionError(
+                f"{METADATA} of {self.place} tells of {name} {str(found[name])[:300]}, expected "
+                f"{str(wanted[name])[:300]}: restore it from a copy"
             )
+        self._array = array
 
     def resize(self, rows: int) -> None:
         """Let the array have `rows` rows; chunks are left as they are."""
@@ -225,7 +242,7 @@ class RecordArray:
 
         self.place.run([collect], "listed")
         parts = (name.split(".") for name in names if name.startswith("c.") and not name.endswith(_PARTIAL))
-        return np.unique(np.array([int(part[1]) for part in parts if part[1].isdigit()], np.int64))
+        return np.unique(np.array([int(part[1]) for part in parts if _NUMBER.fullmatch(part[1])], np.int64))
 
     def sizes(self, numbers: Objects) -> list[int]:
         """Return the bytes of objects; 0 for one that is not there."""
@@ -274,3 +291,31 @@ def _compressor(options: Mapping[str, Any], dtype: np.dtype[Any]) -> BytesBytesC
     if options["codec"] == "blosc":
         return BloscCodec(cname="lz4", clevel=options["level"], shuffle="shuffle", typesize=dtype.itemsize)
     return None
+
+
+def _codec_names(codecs: Any) -> set[str]:
+    names = set()
+    for codec in codecs:
+        names.add(str(codec["name"]))
+        inside = codec.get("configuration") or {}
+        names |= _codec_names(inside.get("codecs", ())) | _codec_names(inside.get("index_codecs", ()))
+    return names
+
+
+def _essence(metadata: Any) -> dict[str, Any]:
+    """Return what of the metadata must be as this store writes it: all but length, attributes and byte order."""
+    plain = metadata.to_dict()
+    codecs = [dict(codec.to_dict()) for codec in metadata.codecs]
+    inside = codecs[0].get("configuration", {}) if codecs[0]["name"] == "sharding_indexed" else {}
+    for codec in (*codecs, *inside.get("codecs", ())):
+        if codec["name"] == "bytes":  # of the machine that made it
+            codec.pop("configuration", None)
+    return {
+        "shape": list(metadata.shape[1:]),
+        "data_type": metadata.data_type.to_native_dtype(),
+        "chunk_grid": plain["chunk_grid"],
+        "chunk_key_encoding": plain["chunk_key_encoding"],
+        "fill_value": plain["fill_value"],
+        "storage_transformers": list(plain["storage_transformers"]),
+        "codecs": codecs,
+    }

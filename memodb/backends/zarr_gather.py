@@ -10,8 +10,10 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
+import struct
 import sys
 import zlib
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 from zipfile import BadZipFile
@@ -30,6 +32,7 @@ from memodb.checksum import crc32c
 from memodb.errors import CorruptionError, MemoDBError, StoreAccessError
 from memodb.threads import CREW
 
+Bytes1D = np.ndarray[Any, np.dtype[np.uint8]]
 Bytes2D = np.ndarray[Any, np.dtype[np.uint8]]
 _Index = np.ndarray[Any, np.dtype[np.uint64]]
 #: What the index of a shard says of a chunk that is not there, and the bytes of its checksum.
@@ -38,6 +41,10 @@ _ABSENT, _CHECKSUM = (1 << 64) - 1, 4
 _MOST_INDEXES = 1 << 16
 #: Smaller records are copied in the loop itself: to wake a thread takes longer.
 _SMALL = 64 << 10
+#: Header of what blosc made: versions, flags, element size, bytes before, of a block, and after.
+_BLOSC = struct.Struct("<BBBBIII")
+#: Of what zstd made (RFC 8878, 3.1.1): its beginning; bytes of the dictionary's number and of the size, by two bits.
+_ZSTD, _DICTIONARY, _SIZE = b"\x28\xb5\x2f\xfd", (0, 1, 2, 4), (0, 2, 4, 8)
 #: Errors of a full process, not of what is read.
 _HARMLESS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EINTR, errno.EAGAIN)
 
@@ -69,14 +76,18 @@ class Reader:
         self._spec = replace(spec, shape=(array.per_chunk, *spec.shape[1:]))
         # A committed shard is never written again, and its number never comes again: its index stays true.
         self._indexes: dict[int, _Index] = {}
-        self._decompress = None
-        self._files = array.place.root if _is_native(codecs[0], array.coding.dtype) else None
+        self._decompress: Callable[[Bytes1D, Bytes1D], None] | None = None
+        self._whole = array.per_chunk * array.coding.row_bytes
+        self._is_native = _is_native(codecs[0], array.coding.dtype)
+        self._files = array.place.root if self._is_native else None
         if len(codecs) == 2 and isinstance(codecs[1], ZstdCodec):
-            self._decompress = numcodecs.Zstd().decode
+            self._decompress = _from_zstd
         elif len(codecs) == 2 and isinstance(codecs[1], BloscCodec):
-            self._decompress = numcodecs.Blosc().decode
+            self._decompress = _from_blosc
         elif len(codecs) > 1 or not array.coding.plain:
             self._files = None
+        # Bytes of a chunk at most: what cannot be compressed becomes a little longer.
+        self._most = self._whole + (self._whole // 64 + 4096 if self._decompress is not None else 0)
 
     def read(self, rows: Locators, out: Bytes2D) -> None:
         """Read rows into `out`, uint8 [n, nbytes].
@@ -134,7 +145,10 @@ class Reader:
                 start, length = self._indexes[shard][inner].tolist()
                 if start == _ABSENT:
                     raise self._missing(key)
+                self._require_possible(int(rows[members[0]]), key, length)
                 part = RangeByteRequest(start, start + length)
+            else:
+                self._require_possible(int(rows[members[0]]), key, self._array.place.size(key) or 0)
             try:
                 found = await self._array.place.store.get(key, self._prototype, part)
             except (OSError, BadZipFile, zlib.error) as error:
@@ -142,8 +156,12 @@ class Reader:
             if found is None:
                 raise self._missing(key)
             try:
-                (chunk,) = await self._pipeline.decode([(found, self._spec)])
-                decoded = chunk.as_numpy_array()
+                if self._decompress is not None and self._is_native:
+                    raw = np.frombuffer(found.to_bytes(), np.uint8)
+                    decoded = await asyncio.to_thread(self._decoded, raw)
+                else:
+                    (chunk,) = await self._pipeline.decode([(found, self._spec)])
+                    decoded = chunk.as_numpy_array()
                 if decoded.shape != self._spec.shape:
                     raise ValueError(f"decoded to {list(decoded.shape)}, expected {list(self._spec.shape)}")
             except MemoryError:
@@ -191,7 +209,7 @@ class Reader:
             finally:
                 os.close(fd)
             try:
-                chunk = np.frombuffer(self._decompress(raw), self._array.coding.dtype).reshape(self._spec.shape)
+                chunk = self._decoded(raw)
             except (ValueError, RuntimeError) as error:
                 raise self._undecodable(row, key, error) from error
             self._copy(chunk, mine, rows, out)
@@ -206,10 +224,28 @@ class Reader:
             start, length = self._file_index(fd, size, shard, key)[inner].tolist()
             if start == _ABSENT:
                 raise self._missing(key)
-        whole = self._nbytes * self._array.per_chunk
-        if start + length > size or (self._decompress is None and length != whole):
-            raise self._undecodable(row, key, f"{length} bytes at {start} of {size}, expected {whole}")
+        if start + length > size or (self._decompress is None and length != self._whole):
+            raise self._undecodable(row, key, f"{length} bytes at {start} of {size}, expected {self._whole}")
+        self._require_possible(row, key, length)
         return start, length
+
+    def _require_possible(self, row: int, key: str, length: int) -> None:
+        """Make sure that a chunk is no longer than a record can make it, before it is read."""
+        if length > self._most:
+            raise self._undecodable(row, key, f"{length} bytes, at most {self._most} are possible")
+
+    def _decoded(self, raw: Bytes1D) -> np.ndarray[Any, Any]:
+        """Return a chunk from its compressed bytes, whatever size they claim to have.
+
+        Raises
+        ------
+        ValueError, RuntimeError
+            If they are not those of a chunk.
+        """
+        assert self._decompress is not None
+        out = np.empty(self._whole, np.uint8)
+        self._decompress(raw, out)
+        return out.view(self._array.coding.dtype).reshape(self._spec.shape)
 
     def _file_index(self, fd: int, size: int, shard: int, key: str) -> _Index:
         found = self._indexes.get(shard)
@@ -254,7 +290,28 @@ def _is_native(codec: Any, dtype: np.dtype[Any]) -> bool:
     return dtype.itemsize == 1 or (codec.endian is not None and codec.endian.value == sys.byteorder)
 
 
-def _read_fully(fd: int, out: np.ndarray[Any, np.dtype[np.uint8]], offset: int) -> None:
+def _from_zstd(raw: Bytes1D, out: Bytes1D) -> None:
+    # What is shorter than `out` would leave the rest of it as it was, without a word.
+    head = raw[:18].tobytes().ljust(18, b"\0")
+    alone = head[4] >> 5 & 1
+    at, n = 5 + (1 - alone) + _DICTIONARY[head[4] & 3], _SIZE[head[4] >> 6] or alone
+    size = int.from_bytes(head[at : at + n], "little") + (256 if n == 2 else 0)
+    if head[:4] != _ZSTD or size != len(out):
+        raise ValueError(f"its header tells of {size} bytes, expected {len(out)}")
+    numcodecs.Zstd().decode(raw, out)
+
+
+def _from_blosc(raw: Bytes1D, out: Bytes1D) -> None:
+    # blosc believes the sizes in its header, and reads and writes beyond its buffers where they are wrong.
+    if len(raw) < _BLOSC.size:
+        raise ValueError(f"{len(raw)} bytes")
+    version, _, _, _, size, block, length = _BLOSC.unpack(raw[: _BLOSC.size].tobytes())
+    if version != 2 or (size, length) != (len(out), len(raw)) or not 0 < block <= max(size, 1):
+        raise ValueError(f"its header tells of {length} bytes that become {size}, found {len(raw)} for {len(out)}")
+    numcodecs.Blosc().decode(raw, out)
+
+
+def _read_fully(fd: int, out: Bytes1D, offset: int) -> None:
     view = memoryview(out)  # type: ignore[arg-type]
     while len(view):
         n = os.preadv(fd, [view], offset)

@@ -77,3 +77,18 @@ def check(backend: str, given: Mapping[str, Any], spec: RecordSpec) -> dict[str,
     taken["scale_factor"], taken["add_offset"] = float(taken["scale_factor"]), float(taken["add_offset"])
     check_coding(spec, taken)
     return taken
+
+
+def recheck(backend: str, options: Mapping[str, Any], spec: RecordSpec) -> None:
+    """Check options as they come back from a store's settings, which may be damaged or made up.
+
+    Raises
+    ------
+    InvalidOptionError, ValueError
+        If they are not such as `check` returns, with the token of the store.
+    """
+    if not isinstance(options.get("token"), str) or set(options) != {*_KNOWN, "token"}:
+        raise ValueError(f"they are options {', '.join(sorted(options))[:200]}")
+    if not (options["storage_options"] is None or isinstance(options["storage_options"], dict)):
+        raise ValueError("option storage_options is no object")
+    check(backend, {name: options[name] for name in _KNOWN}, spec)

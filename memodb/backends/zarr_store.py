@@ -154,14 +154,31 @@ class Place:
 
     # --- objects ---
 
-    def get(self, key: str) -> bytes | None:
+    def size(self, key: str) -> int | None:
+        """Return the bytes of an object on this machine before it is read; None: it is not there, or elsewhere."""
+        with contextlib.suppress(OSError, KeyError):
+            if self.root is not None:
+                return (self.root / key).stat().st_size
+            inner = self.store._store
+            if isinstance(inner, ZipStore):
+                return inner._zf.getinfo(key).file_size
+        return None
+
+    def get(self, key: str, *, most: int) -> bytes | None:
         """Return an object, None if it is not there.
 
         Raises
         ------
         StoreAccessError
             If the store cannot be read.
+        CorruptionError
+            If the object takes more than `most` bytes.
         """
+        size = self.size(key)
+        if size is not None and size > most:
+            raise CorruptionError(
+                f"{key} of {self} has {size} bytes, at most {most} are possible: restore it from a copy"
+            )
         found: list[Any] = []
 
         async def read() -> None:
@@ -190,7 +207,7 @@ class Place:
             if self.root.is_dir():
                 return "other files" if next(self.root.iterdir(), None) else ""
             return "a file" if self.root.exists() else ""
-        return next((f"an array or group ({key})" for key in _NODES if self.get(key) is not None), "")
+        return next((f"an array or group ({key})" for key in _NODES if self.get(key, most=1 << 62) is not None), "")
 
     def run(self, jobs: Any, done: str) -> None:
         """Run coroutine functions in zarr's loop (see `run`), a failure in our words: "cannot be `done`"."""

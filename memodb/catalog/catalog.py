@@ -8,6 +8,7 @@ deletions, `memodb.catalog.journal`).
 from __future__ import annotations
 
 import json
+import os
 import struct
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -19,7 +20,21 @@ import numpy as np
 
 from memodb.catalog import journal
 from memodb.catalog.rows import ABSENT, BLOCK, DELETED, LIVE, ROW, Ids, RowCache, Rows, block_key, unpack, write_rows
-from memodb.catalog.tables import BACKEND, BLOCKS, COUNTERS, COUNTS, NAMES, SETTINGS, scan
+from memodb.catalog.settings import parse_settings
+from memodb.catalog.tables import (
+    BACKEND,
+    BLOCKS,
+    COUNTERS,
+    COUNTS,
+    NAMES,
+    SETTINGS,
+    damaged,
+    fields,
+    number_in,
+    scan,
+    seal,
+    unseal,
+)
 from memodb.environment import Environment
 from memodb.errors import (
     CorruptionError,
@@ -32,6 +47,8 @@ from memodb.errors import (
 FORMAT = 1
 _COUNTERS = struct.Struct("<QQQI")  # next id, live records, next journal sequence number, next namespace number
 _COUNTS = struct.Struct("<QQ")
+_NAME = struct.Struct("<I")
+_BLOCK_KEY, _COUNTS_KEY = struct.Struct(">Q"), struct.Struct(">I")
 _NAME_BYTES = 480  # LMDB's keys hold 511
 
 
@@ -48,6 +65,7 @@ class Catalog:
 
     def __init__(self, path: Path, *, create_with: dict[str, Any] | None = None) -> None:
         self.path = path
+        self._data = os.fspath(path / "data.mdb")
         if create_with is None and not (path / "data.mdb").exists():
             raise StoreNotFoundError(f"{path.parent} holds no memodb store; memodb.MemoDB.create makes one")
         self._env = Environment.acquire(path, create=create_with is not None)
@@ -87,30 +105,29 @@ class Catalog:
     def _read_settings(self) -> dict[str, Any]:
         with self._env.read() as txn:
             raw = txn.get(SETTINGS)
-            text = None if raw is None else bytes(raw)
+            text = None if raw is None else unseal(SETTINGS, raw, self.path)
         if text is None:
             raise StoreNotFoundError(
                 f"{self.path.parent} holds no complete memodb store: its creation was cut off; create it again"
             )
         try:
-            settings = json.loads(text)
-            version = settings["format"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise CorruptionError(f"the settings in {self.path} are damaged: {error}") from error
+            version, settings = parse_settings(text, FORMAT)
+        except ValueError as error:
+            raise damaged(SETTINGS, self.path, error) from error
         if version != FORMAT:
             raise FormatVersionError(
                 f"{self.path.parent} has format {version}, this memodb reads format {FORMAT}; use the "
                 "memodb that wrote it to copy it"
             )
-        return dict(settings)
+        return settings
 
     def _write_settings(self, settings: dict[str, Any], backend_state: bytes | None) -> None:
         with self._env.write() as txn:
-            txn.put(SETTINGS, json.dumps({**settings, "format": FORMAT}).encode())
+            txn.put(SETTINGS, seal(SETTINGS, json.dumps({**settings, "format": FORMAT}).encode()))
             if txn.get(COUNTERS) is None:
-                txn.put(COUNTERS, _COUNTERS.pack(0, 0, 1, 0))
+                txn.put(COUNTERS, seal(COUNTERS, _COUNTERS.pack(0, 0, 1, 0)))
             if backend_state is not None:
-                txn.put(BACKEND, backend_state)
+                txn.put(BACKEND, seal(BACKEND, backend_state))
 
     def change_settings(self, **changes: Any) -> None:
         """Persist changed settings."""
@@ -125,7 +142,12 @@ class Catalog:
         raw = txn.get(COUNTERS)
         if raw is None:
             raise CorruptionError(f"the counters in {self.path} are missing; restore the catalog from a copy")
-        next_id, live, sequence, namespace = _COUNTERS.unpack(raw)
+        next_id, live, sequence, namespace = fields(_COUNTERS, COUNTERS, raw, self.path)
+        # Each id that was given has a row in this file: a number that no file of its size can hold would make the cache
+        # of rows, and whoever asks for all ids, take memory without end.
+        most = os.stat(self._data).st_size // ROW.itemsize
+        if next_id > most or live > next_id:
+            raise damaged(COUNTERS, self.path, f"{live} records live of {next_id}, and at most {most} can be in it")
         return next_id, live, sequence, namespace
 
     def counters(self) -> tuple[int, int]:
@@ -136,21 +158,54 @@ class Catalog:
     def count(self) -> tuple[int, int, int]:
         """Return how many records live by the counter, by the namespaces' counts, and by the rows, as of one commit."""
         with self._env.read() as txn:
-            in_namespaces = sum(_COUNTS.unpack(value)[1] for _, value in scan(txn, COUNTS))
-            in_rows = sum(int((unpack(raw, self.path)["state"] == LIVE).sum()) for _, raw in scan(txn, BLOCKS))
+            in_namespaces = sum(live for _, live in self._counts(txn).values())
+            in_rows = sum(int((rows["state"] == LIVE).sum()) for _, rows in self._blocks(txn))
             return self._counters(txn)[1], in_namespaces, in_rows
+
+    def _blocks(self, txn: lmdb.Transaction) -> Iterator[tuple[int, Rows]]:
+        """Yield (number, rows) of each block in order."""
+        next_id = self._counters(txn)[0]
+        for raw_key, raw in scan(txn, BLOCKS):
+            block = number_in(_BLOCK_KEY, BLOCKS, raw_key, self.path)
+            rows = unpack(raw, block, self.path)
+            beyond = block * BLOCK + np.flatnonzero(rows["state"] == LIVE)[-1:]
+            if beyond.size and beyond[0] >= next_id:
+                raise damaged(COUNTERS, self.path, f"the next id is {next_id}, but there is a record {beyond[0]}")
+            yield block, rows
+
+    def _counts(self, txn: lmdb.Transaction) -> dict[int, tuple[int, int]]:
+        """Return namespace number -> (records added, records live)."""
+        found = {}
+        for key, raw in scan(txn, COUNTS):
+            added, live = fields(_COUNTS, COUNTS + key, raw, self.path)
+            found[number_in(_COUNTS_KEY, COUNTS, key, self.path)] = added, live
+        return found
+
+    def _names_in(self, txn: lmdb.Transaction) -> Iterator[tuple[str, int]]:
+        """Yield (name, number) of each namespace."""
+        for key, raw in scan(txn, NAMES):
+            yield self._text(key), fields(_NAME, NAMES + key, raw, self.path)[0]
+
+    def _text(self, key: bytes) -> str:
+        try:
+            return key.decode()
+        except UnicodeDecodeError as error:
+            raise damaged(NAMES + key, self.path, error) from error
 
     def backend_state(self) -> tuple[int, bytes]:
         """Return (transaction number, what the backend asked to remember with the last commit)."""
         with self._env.read() as txn:
-            return txn.id(), bytes(txn.get(BACKEND, default=b""))
+            raw = txn.get(BACKEND)
+            return txn.id(), b"" if raw is None else unseal(BACKEND, raw, self.path)
 
     # --- reading ---
 
     @contextmanager
     def _load(self) -> Iterator[tuple[int, Any]]:
         with self._env.read() as txn:
-            yield txn.id(), lambda block: txn.get(block_key(block))
+            last = -(-self._counters(txn)[0] // BLOCK)
+            # What lies beyond the last id that was given exists for nobody.
+            yield txn.id(), lambda block: txn.get(block_key(block)) if block < last else None
 
     def rows(self, ids: Ids, transaction: int | None = None) -> Rows:
         """Return the rows of `ids` [n] (fields locator, checksum, namespace, state), whatever their state.
@@ -215,21 +270,21 @@ class Catalog:
             number = None if namespace is None else self._number(txn, namespace)
             if namespace is not None and number is None:
                 return all_ids[0], all_rows[0]
-            for raw_key, raw in scan(txn, BLOCKS):
-                rows = unpack(raw, self.path)
+            for block, rows in self._blocks(txn):
                 wanted = rows["state"] == LIVE
                 if number is not None:
                     wanted &= rows["namespace"] == number
                 places = np.flatnonzero(wanted)
-                all_ids.append(places + struct.unpack(">Q", raw_key)[0] * BLOCK)
+                all_ids.append(places + block * BLOCK)
                 all_rows.append(rows[places])
         return np.concatenate(all_ids), np.concatenate(all_rows)
 
     # --- namespaces ---
 
     def _number(self, txn: lmdb.Transaction, name: str) -> int | None:
-        raw = txn.get(NAMES + name.encode())
-        return None if raw is None else int(struct.unpack("<I", raw)[0])
+        key = NAMES + name.encode()
+        raw = txn.get(key)
+        return None if raw is None else int(fields(_NAME, key, raw, self.path)[0])
 
     def namespace_numbers(self, names: Sequence[str]) -> list[int | None]:
         """Return the number of each namespace, None for those that nothing was ever put into."""
@@ -245,14 +300,20 @@ class Catalog:
     def namespaces(self) -> dict[str, int]:
         """Return the number of live records of each namespace that was ever used."""
         with self._env.read() as txn:
-            counts = {struct.unpack(">I", key)[0]: _COUNTS.unpack(value)[1] for key, value in scan(txn, COUNTS)}
-            return {key.decode(): counts.get(struct.unpack("<I", value)[0], 0) for key, value in scan(txn, NAMES)}
+            counts = self._counts(txn)
+            return {name: counts.get(number, (0, 0))[1] for name, number in self._names_in(txn)}
 
     def names_of(self, numbers: np.ndarray[Any, Any]) -> list[str]:
         """Return the name of each namespace number."""
         with self._env.read() as txn:
-            names = {struct.unpack("<I", value)[0]: key.decode() for key, value in scan(txn, NAMES)}
-        return [names[number] for number in numbers.tolist()]
+            names = {number: name for name, number in self._names_in(txn)}
+        wanted = numbers.tolist()
+        lost = next((number for number in wanted if number not in names), None)
+        if lost is not None:
+            raise CorruptionError(
+                f"records in {self.path} are in namespace {lost}, whose name is missing; restore the store from a copy"
+            )
+        return [names[number] for number in wanted]
 
     def _intern(self, txn: lmdb.Transaction, names: Sequence[str], next_namespace: int) -> tuple[list[int], int]:
         numbers = []
@@ -260,15 +321,16 @@ class Catalog:
             number = self._number(txn, name)
             if number is None:
                 number, next_namespace = next_namespace, next_namespace + 1
-                txn.put(NAMES + name.encode(), struct.pack("<I", number))
+                key = NAMES + name.encode()
+                txn.put(key, seal(key, _NAME.pack(number)))
             numbers.append(number)
         return numbers, next_namespace
 
     def _count(self, txn: lmdb.Transaction, number: int, *, added: int = 0, deleted: int = 0) -> None:
-        key = COUNTS + struct.pack(">I", number)
+        key = COUNTS + _COUNTS_KEY.pack(number)
         raw = txn.get(key)
-        total, live = (0, 0) if raw is None else _COUNTS.unpack(raw)
-        txn.put(key, _COUNTS.pack(total + added, live + added - deleted))
+        total, live = (0, 0) if raw is None else fields(_COUNTS, key, raw, self.path)
+        txn.put(key, seal(key, _COUNTS.pack(total + added, live + added - deleted)))
 
     # --- writing ---
 
@@ -315,9 +377,9 @@ class Catalog:
         return ids
 
     def _finish(self, txn: lmdb.Transaction, counters: tuple[int, int, int, int], backend_state: bytes | None) -> None:
-        txn.put(COUNTERS, _COUNTERS.pack(*counters))
+        txn.put(COUNTERS, seal(COUNTERS, _COUNTERS.pack(*counters)))
         if backend_state is not None:
-            txn.put(BACKEND, backend_state)
+            txn.put(BACKEND, seal(BACKEND, backend_state))
 
     def delete(self, ids: Ids) -> None:
         """Put tombstones on `ids` (ascending, unique), all or none.
@@ -374,12 +436,11 @@ class Catalog:
             return
         dead: dict[int, list[Ids]] = {}
         with self._env.read() as txn:
-            for raw_key, raw in scan(txn, BLOCKS):
-                rows = unpack(raw, self.path)
+            for block, rows in self._blocks(txn):
                 places = np.flatnonzero(rows["state"] == DELETED)
                 for number in np.unique(rows["namespace"][places]).tolist():
                     members = places[rows["namespace"][places] == number]
-                    dead.setdefault(number, []).append(members + struct.unpack(">Q", raw_key)[0] * BLOCK)
+                    dead.setdefault(number, []).append(members + block * BLOCK)
         for number, members_of in dead.items():
             with self._env.write() as txn:
                 journal.drop_keys(txn, number, np.concatenate(members_of), key_dim, self.path)
@@ -394,7 +455,14 @@ class Catalog:
     def mark(self, number: int, sequence: int) -> int | None:
         """Return the mark of one journal entry, which no other entry of this or another store bears; None: no entry."""
         with self._env.read() as txn:
-            return journal.read_mark(txn, number, sequence)
+            return journal.read_mark(txn, number, sequence, self.settings["key_dim"])
+
+    def added(self, number: int) -> int:
+        """Return how many records were ever put into a namespace: more keys no index of it has."""
+        with self._env.read() as txn:
+            key = COUNTS + _COUNTS_KEY.pack(number)
+            raw = txn.get(key)
+            return 0 if raw is None else int(fields(_COUNTS, key, raw, self.path)[0])
 
     def index_factory(self) -> str:
         """Return the index factory as of the last commit: a writer elsewhere may have changed it."""

@@ -2,8 +2,11 @@
 
 One entry is one LMDB value under (namespace, sequence number)::
 
-    kind (1 byte: A added, D deleted) | CRC-32C of the rest (4) | count (4) | mark (8) | ids int64[count] |
+    kind (1 byte: A added, D deleted) | count (4) | mark (8) | CRC-32C of the body (4) |
+    CRC-32C of the key and of what stands here so far (4) | body: ids int64[count], ascending |
     keys float32[count, key_dim] (A only)
+
+Two checksums, so that the head can be believed without reading the keys of a large entry.
 
 The mark is drawn at random when the entry is made and stays with it. An index remembers the mark of the last entry that
 it knows, so an index of another history (a store put back to an earlier day and written on) is told from this one's.
@@ -21,12 +24,13 @@ from typing import Any
 import lmdb
 import numpy as np
 
-from memodb.catalog.tables import JOURNAL, scan
+from memodb.catalog.tables import JOURNAL, damaged, scan
 from memodb.checksum import crc32c
 from memodb.errors import CorruptionError
 
 ADDED, DELETED = b"A", b"D"
-_HEAD = struct.Struct("<cIIQ")
+_HEAD, _SUM = struct.Struct("<cIQI"), struct.Struct("<I")
+_BODY = _HEAD.size + _SUM.size
 _KEY = struct.Struct(">IQ")
 
 
@@ -52,13 +56,33 @@ def write_entry(
     body = ids.astype("<i8").tobytes() + (b"" if keys is None else keys.astype("<f4").tobytes())
     kind = DELETED if keys is None else ADDED
     mark = secrets.randbits(64) if mark is None else mark
-    txn.put(JOURNAL + _KEY.pack(namespace, sequence), _HEAD.pack(kind, crc32c(body), len(ids), mark) + body)
+    key = JOURNAL + _KEY.pack(namespace, sequence)
+    head = _HEAD.pack(kind, len(ids), mark, crc32c(body))
+    txn.put(key, head + _SUM.pack(crc32c(key + head)) + body)
 
 
-def read_mark(txn: lmdb.Transaction, namespace: int, sequence: int) -> int | None:
-    """Return the mark of an entry, None if there is no such entry."""
-    raw = txn.get(JOURNAL + _KEY.pack(namespace, sequence))
-    return None if raw is None or len(raw) < _HEAD.size else int(_HEAD.unpack_from(raw)[3])
+def _head(raw: memoryview | bytes, key: bytes, key_dim: int) -> tuple[bytes, int, int, int]:
+    """Return kind, count, mark and the body's checksum; raise ValueError if they are not what was written there."""
+    head = bytes(raw[: _HEAD.size])
+    if len(raw) < _BODY or _SUM.unpack_from(raw, _HEAD.size)[0] != crc32c(key + head):
+        raise ValueError("the checksum of its head does not match")
+    kind, count, mark, checksum = _HEAD.unpack(head)
+    expected = 8 * count if kind == DELETED else (8 + 4 * key_dim) * count
+    if kind not in (ADDED, DELETED) or len(raw) != _BODY + expected:
+        raise ValueError(f"kind {kind!r}, {count} keys in {len(raw) - _BODY} bytes, expected {expected}")
+    return kind, count, mark, checksum
+
+
+def read_mark(txn: lmdb.Transaction, namespace: int, sequence: int, key_dim: int) -> int | None:
+    """Return the mark of an entry, None if there is no such entry, or it is damaged."""
+    key = JOURNAL + _KEY.pack(namespace, sequence)
+    raw = txn.get(key)
+    if raw is None:
+        return None
+    try:
+        return _head(raw, key, key_dim)[2]
+    except ValueError:
+        return None
 
 
 def read_entries(
@@ -82,40 +106,42 @@ def read_entries(
         If an entry does not match its checksum.
     """
     for raw_key, raw in scan(txn, JOURNAL, _KEY.pack(namespace, after + 1)):
+        if len(raw_key) != _KEY.size:
+            raise damaged(JOURNAL + raw_key, path, f"its key has {len(raw_key)} bytes, expected {_KEY.size}")
         found, sequence = _KEY.unpack(raw_key)
         if found != namespace:
             return
-        if within is not None and not _overlaps(raw, within):
-            continue
-        yield _decode(bytes(raw), sequence, key_dim, f"namespace {namespace}, entry {sequence} of {path}")
+        try:
+            head = _head(raw, JOURNAL + raw_key, key_dim)
+            if within is None or _overlaps(raw, head[1], within):
+                yield _decode(raw, head, sequence, key_dim)
+        except ValueError as error:
+            raise CorruptionError(
+                f"the keys in namespace {namespace}, entry {sequence} of {path} are damaged: {error}; restore the "
+                "store from a copy"
+            ) from error
 
 
-def _overlaps(raw: memoryview | bytes, within: tuple[int, int]) -> bool:
-    # Ids of an entry ascend, so its first and last tell; what is too damaged to tell is read, and then complained
-    # about.
-    try:
-        count = _HEAD.unpack_from(raw)[2]
-        if count == 0:
-            return False
-        first = struct.unpack_from("<q", raw, _HEAD.size)[0]
-        last = struct.unpack_from("<q", raw, _HEAD.size + 8 * (count - 1))[0]
-    except struct.error:
-        return True
+def _overlaps(raw: memoryview | bytes, count: int, within: tuple[int, int]) -> bool:
+    # Ids of an entry ascend, so its first and last tell.
+    if count == 0:
+        return False
+    first = struct.unpack_from("<q", raw, _BODY)[0]
+    last = struct.unpack_from("<q", raw, _BODY + 8 * (count - 1))[0]
     return bool(first <= within[1] and last >= within[0])
 
 
-def _decode(raw: bytes, sequence: int, key_dim: int, where: str) -> Entry:
-    try:
-        kind, checksum, count, mark = _HEAD.unpack_from(raw)
-        body = memoryview(raw)[_HEAD.size :]
-        if crc32c(body) != checksum:
-            raise ValueError("its checksum does not match")
-        ids = np.frombuffer(body, "<i8", count).astype(np.int64)
-        if kind == DELETED:
-            return Entry(sequence, mark, ids, None)
-        keys = np.frombuffer(body, "<f4", offset=8 * count).astype(np.float32).reshape(count, key_dim)
-    except (struct.error, ValueError) as error:
-        raise CorruptionError(f"the keys in {where} are damaged: {error}") from error
+def _decode(raw: memoryview | bytes, head: tuple[bytes, int, int, int], sequence: int, key_dim: int) -> Entry:
+    kind, count, mark, checksum = head
+    body = bytes(raw[_BODY:])
+    if crc32c(body) != checksum:
+        raise ValueError("its checksum does not match")
+    ids = np.frombuffer(body, "<i8", count).astype(np.int64)
+    if count and (ids[0] < 0 or (np.diff(ids) <= 0).any()):
+        raise ValueError("its ids do not ascend")
+    if kind == DELETED:
+        return Entry(sequence, mark, ids, None)
+    keys = np.frombuffer(body, "<f4", offset=8 * count).astype(np.float32).reshape(count, key_dim)
     return Entry(sequence, mark, ids, keys)
 
 

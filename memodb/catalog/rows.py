@@ -29,8 +29,9 @@ ROW: np.dtype[Any] = np.dtype(
         "itemsize": 24,
     }
 )
-#: Before the rows of a block: number of the transaction that wrote it last, CRC-32C of the rows.
+#: Before the rows of a block: number of the transaction that wrote it last, CRC-32C of key, that number and the rows.
 _STAMP = struct.Struct("<QI")
+_NUMBER = struct.Struct("<Q")
 _ONE = np.uint64(1)
 #: Up to so many cached blocks are looked at together after a commit, whichever are wanted.
 _CHECKED_TOGETHER = 64
@@ -46,20 +47,34 @@ def block_key(block: int) -> bytes:
     return BLOCKS + struct.pack(">Q", block)
 
 
-def unpack(raw: memoryview | bytes | None, path: Path) -> Rows:
+def _sum(key: bytes, transaction: int, body: bytes) -> int:
+    return crc32c(key + _NUMBER.pack(transaction) + body)
+
+
+def unpack(raw: memoryview | bytes | None, block: int, path: Path) -> Rows:
     """Return a copy of the rows of one stored block (fewer than `BLOCK` for the last one).
 
     Raises
     ------
     CorruptionError
-        If it does not match its checksum.
+        If it does not match its checksum, or is none of that block.
     """
     if raw is None:
         return np.zeros(0, ROW)
     body = bytes(raw[_STAMP.size :])
-    if len(raw) < _STAMP.size or len(body) % ROW.itemsize or crc32c(body) != _STAMP.unpack_from(raw)[1]:
-        raise CorruptionError(f"a block of rows in {path} does not match its checksum; restore the store from a copy")
+    if len(raw) < _STAMP.size or len(body) % ROW.itemsize or len(body) > BLOCK * ROW.itemsize:
+        raise _damaged(block, path, f"has {len(raw)} bytes, no block has")
+    transaction, checksum = _STAMP.unpack_from(raw)
+    if _sum(block_key(block), transaction, body) != checksum:
+        raise _damaged(block, path, "does not match its checksum")
     return np.frombuffer(body, ROW)
+
+
+def _damaged(block: int, path: Path, why: str) -> CorruptionError:
+    return CorruptionError(
+        f"the block of rows in {path} of ids {block * BLOCK} to {(block + 1) * BLOCK - 1} {why}; restore the store "
+        "from a copy"
+    )
 
 
 def write_rows(txn: lmdb.Transaction, ids: Ids, rows: Rows, path: Path) -> None:
@@ -68,12 +83,12 @@ def write_rows(txn: lmdb.Transaction, ids: Ids, rows: Rows, path: Path) -> None:
     stops = np.append(starts[1:], len(ids))[: len(starts)]
     for block, start, stop in zip(blocks.tolist(), starts.tolist(), stops.tolist(), strict=True):
         places = ids[start:stop] % BLOCK
-        old = unpack(txn.get(block_key(block)), path)
+        old = unpack(txn.get(block_key(block)), block, path)
         new = np.zeros(max(len(old), int(places[-1]) + 1), ROW)
         new[: len(old)] = old
         new[places] = rows[start:stop]
         body = new.tobytes()
-        txn.put(block_key(block), _STAMP.pack(txn.id(), crc32c(body)) + body)
+        txn.put(block_key(block), _STAMP.pack(txn.id(), _sum(block_key(block), txn.id(), body)) + body)
 
 
 class RowCache:
@@ -175,11 +190,11 @@ class RowCache:
                 if raw is None:
                     continue
                 slot = int(self._slot[block]) if block < len(self._slot) else -1
-                stamp = _STAMP.unpack_from(raw)[0]
+                stamp = _STAMP.unpack_from(raw)[0] if len(raw) >= _STAMP.size else -1
                 if slot >= 0 and stamp == self._stamp[slot]:
                     self._checked[slot] = number
                     continue
-                rows = unpack(raw, self._path)
+                rows = unpack(raw, block, self._path)
                 if slot < 0:
                     slot = self._add(block)
                 self._rows[slot, : len(rows)] = rows

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from functools import lru_cache
 from typing import Any
 
 import faiss as _faiss
@@ -25,6 +26,8 @@ _UNFIT = {
 }
 #: faiss' level generator divides by log(M).
 _FEWEST_LINKS = 2
+#: Numbers of lists, links, bits: beyond, faiss takes gigabytes before it says anything.
+_LARGEST = 1 << 24
 
 
 def check_factory(factory: str, key_dim: int) -> str:
@@ -43,8 +46,14 @@ def check_factory(factory: str, key_dim: int) -> str:
     links = [int(found) for found in re.findall(r"HNSW(\d+)", factory)]
     if any(m < _FEWEST_LINKS for m in links):
         raise InvalidOptionError(f"index {shown!r}: HNSW needs at least {_FEWEST_LINKS} links a key, such as HNSW32")
+    if any(len(found) > 8 or int(found) > _LARGEST for found in re.findall(r"\d+", factory)):
+        raise InvalidOptionError(f"index {shown!r}: no number in it can be larger than {_LARGEST}")
     try:
         index = faiss.index_factory(key_dim, factory)
+    except MemoryError as error:
+        raise InvalidOptionError(
+            f"index {shown!r} for keys of width {key_dim} takes more memory than there is"
+        ) from error
     except RuntimeError as error:
         raise InvalidOptionError(
             f"faiss cannot build index {shown!r} for keys of width {key_dim}: {reason(error)}"
@@ -61,6 +70,10 @@ def check_factory(factory: str, key_dim: int) -> str:
     if index.is_trained:
         _try_out(index, key_dim, shown)
     return factory
+
+
+#: The same, remembered: for what a store's settings name.
+checked_factory = lru_cache(maxsize=64)(check_factory)
 
 
 def reason(error: RuntimeError) -> str:

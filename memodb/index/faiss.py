@@ -15,6 +15,9 @@ import faiss as _faiss
 import numpy as np
 
 from memodb.index.base import Distances, Ids, Keys, VectorIndex
+from memodb.index.saved import as_hnsw, as_ivf, most_bytes, read_index, require_kind
+
+__all__ = ["EXACT_LIMIT", "FaissIndex", "most_bytes"]
 
 # Its stubs know a part of its names only.
 faiss: Any = _faiss
@@ -73,10 +76,14 @@ class FaissIndex(VectorIndex):
         if self._exact:
             self._promote()
 
+    def _target(self) -> Any:
+        """Return the index of many keys, untrained and empty."""
+        return faiss.index_factory(self._dim, _AUTO_LARGE if self._factory == "auto" else self._factory)
+
     def _promote(self) -> None:
         if self._factory == "auto" and self._n <= EXACT_LIMIT:
             return
-        target = faiss.index_factory(self._dim, _AUTO_LARGE if self._factory == "auto" else self._factory)
+        target = self._target()
         if isinstance(faiss.downcast_index(target), faiss.IndexFlat):
             return
         if not target.is_trained and self._n < _training_points(target):
@@ -84,7 +91,7 @@ class FaissIndex(VectorIndex):
         keys = self._index.reconstruct_n(0, self._n)
         if not target.is_trained:
             target.train(keys)
-        hnsw = _hnsw(target)
+        hnsw = as_hnsw(target)
         if hnsw is not None:
             hnsw.hnsw.efConstruction = max(hnsw.hnsw.efConstruction, _EF_CONSTRUCTION)
         target.add(keys)
@@ -119,7 +126,7 @@ class FaissIndex(VectorIndex):
     def _find(self, keys: Keys, k: int, *, thorough: bool) -> tuple[Ids, Distances]:
         selector = self._dead_excluded()
         index = faiss.downcast_index(self._index)
-        hnsw, ivf = _hnsw(index), _ivf(index)
+        hnsw, ivf = as_hnsw(index), as_ivf(index)
         params: Any
         if self._exact:
             params = faiss.SearchParameters(sel=selector)
@@ -137,7 +144,7 @@ class FaissIndex(VectorIndex):
 
     def _find_and_filter(self, keys: Keys, k: int) -> tuple[Ids, Distances]:
         # Index types that take no selector: ask for as many more as there are dead, and drop those.
-        ivf = _ivf(self._index)
+        ivf = as_ivf(self._index)
         if ivf is not None:
             ivf.nprobe = ivf.nlist
         near, found = self._index.search(keys, min(self._n, k + self._n - len(self)))
@@ -165,40 +172,34 @@ class FaissIndex(VectorIndex):
 
     @classmethod
     def deserialize(cls, data: bytes, key_dim: int, factory: str) -> FaissIndex:
-        """Return an index from its bytes (see `VectorIndex.deserialize`)."""
+        """Return an index from its bytes (see `VectorIndex.deserialize`).
+
+        faiss trusts its files: so it gets none before their sizes were bounded by their length, and what it makes of
+        one must be the very kind of index that the factory makes, with positions inside that point to keys it has.
+        """
         try:
             n, sequence, mark, exact = _HEAD.unpack_from(data)
+            if exact not in (0, 1) or n > len(data) // 8:
+                raise ValueError(f"it tells of {n} keys in {len(data)} bytes")
             made = cls(key_dim, factory)
             at = _HEAD.size
             made._ids = np.frombuffer(data, np.int64, n, at).copy()
+            if n and (made._ids[0] < 0 or (np.diff(made._ids) <= 0).any()):
+                raise ValueError("its ids do not ascend")
             at += 8 * n
             packed = np.frombuffer(data, np.uint8, -(-n // 8), at)
             made._live = np.unpackbits(packed, bitorder="little", count=n).astype(np.bool_)
-            made._index = faiss.deserialize_index(np.frombuffer(data, np.uint8, offset=at + len(packed)))
+            found = read_index(np.frombuffer(data, np.uint8, offset=at + len(packed)))
+            target = faiss.IndexFlatL2(key_dim) if exact else made._target()
+            require_kind(found, target, n)
         except (struct.error, RuntimeError, ValueError) as error:
             raise ValueError(f"not a saved index: {error}") from error
-        if made._index.d != key_dim or made._index.ntotal != n:
-            raise ValueError(
-                f"a saved index of {made._index.ntotal} keys of width {made._index.d}, expected {n} of width {key_dim}"
-            )
-        made._n, made.sequence, made.mark, made._exact = n, sequence, mark, bool(exact)
+        made._index, made._n, made.sequence, made.mark, made._exact = found, n, sequence, mark, bool(exact)
         return made
 
 
-def _hnsw(index: Any) -> Any:
-    found = faiss.downcast_index(index)
-    return found if isinstance(found, faiss.IndexHNSW) else None
-
-
-def _ivf(index: Any) -> Any:
-    try:
-        return faiss.extract_index_ivf(index)
-    except RuntimeError:
-        return None
-
-
 def _training_points(index: Any) -> int:
-    ivf = _ivf(index)
+    ivf = as_ivf(index)
     inner = faiss.downcast_index(index)
     points = [ivf.nlist * _POINTS_PER_CENTROID] if ivf is not None else [1_000]
     for part in (inner, ivf and faiss.downcast_index(ivf)):

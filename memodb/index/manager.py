@@ -1,7 +1,9 @@
 """The indexes of all namespaces of a store: caught up at a search, saved as files, rebuilt when in doubt.
 
-A saved file is ``magic | format | CRC-32C of the rest | label length | label (store and factory) | index bytes``. Only
-indexes that took long to build are saved: small namespaces are searched exactly, straight from the catalog's keys.
+A saved file is ``magic | format | CRC-32C of the rest | label length | label (store and factory) | index bytes``. One
+that is larger than the namespace's keys can need is not read, nothing of it reaches faiss before the checksum matches,
+and what faiss then makes of it is looked through (`FaissIndex.deserialize`). Only indexes that took long to build are
+saved: small namespaces are searched exactly, straight from the catalog's keys.
 """
 
 from __future__ import annotations
@@ -59,6 +61,9 @@ class KeySource(Protocol):
 
     def mark(self, number: int, sequence: int) -> int | None:
         """Return the mark of one journal entry of a namespace, None if there is no such entry."""
+
+    def added(self, number: int) -> int:
+        """Return how many records were ever put into a namespace."""
 
     def index_factory(self) -> str:
         """Return the factory string as of the last committed transaction."""
@@ -181,8 +186,10 @@ class IndexSet:
         index.sequence, index.mark = sequence, mark
 
     def _new(self) -> VectorIndex:
+        from memodb.index.factory import checked_factory
         from memodb.index.faiss import FaissIndex  # faiss takes a while to import: only when something is searched
 
+        checked_factory(self._factory, self._dim)  # some kill the process, and settings may be made up
         return FaissIndex(self._dim, self._factory)
 
     def _file(self, number: int) -> Path:
@@ -223,16 +230,22 @@ class IndexSet:
         return f"{self._owner} {self._factory}".encode()
 
     def _load(self, number: int) -> VectorIndex | None:
-        from memodb.index.faiss import FaissIndex
+        from memodb.index.faiss import FaissIndex, most_bytes
 
         file = self._file(number)
         if number in self._distrusted:
             return None
+        added = self._source.added(number)
+        most = _HEAD.size + len(self._label()) + most_bytes(added, self._dim, self._factory)
         try:
-            data = file.read_bytes()
-        except OSError:
+            data = _read(file, most)
+        except OSError as error:
+            if not isinstance(error, FileNotFoundError):
+                log.warning("saved index %s cannot be read (%s); building it again from the catalog", file, error)
             return None
         try:
+            if len(data) > most:
+                raise ValueError(f"it is larger than {most} bytes, which {added} keys cannot need")
             magic, version, checksum, length = _HEAD.unpack_from(data)
             body = data[_HEAD.size :]
             if (magic, version) != (_MAGIC, _FORMAT) or crc32c(body) != checksum:
@@ -240,7 +253,7 @@ class IndexSet:
             if body[:length] != self._label():
                 return None
             index = FaissIndex.deserialize(body[length:], self._dim, self._factory)
-            if index.sequence and self._source.mark(number, index.sequence) != index.mark:
+            if self._source.mark(number, index.sequence) != index.mark:
                 return None  # of another history: the catalog was put back to an earlier day
         except (struct.error, ValueError) as error:
             log.warning("saved index %s is damaged (%s); building it again from the catalog", file, error)
@@ -301,3 +314,10 @@ class IndexSet:
     def loaded(self) -> int:
         """Return how many namespaces' indexes are in memory."""
         return len(self._indexes)
+
+
+def _read(file: Path, most: int) -> bytes:
+    """Return a file's bytes, or `most` of them and one more, whatever size it says it has."""
+    with file.open("rb") as opened:
+        size = os.fstat(opened.fileno()).st_size
+        return opened.read(min(size, most) + 1)
