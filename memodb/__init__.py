@@ -28,6 +28,7 @@ from memodb.errors import (
     StoreExistsError,
     StoreFullError,
     StoreNotFoundError,
+    UnsafePathError,
     WriterLockedError,
 )
 from memodb.gather.batch import MappedBatch
@@ -65,6 +66,7 @@ __all__ = [
     "StoreExistsError",
     "StoreFullError",
     "StoreNotFoundError",
+    "UnsafePathError",
     "WriterLockedError",
     "__version__",
     "available_backends",

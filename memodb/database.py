@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import secrets
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self
 
@@ -80,6 +81,7 @@ class MemoDB(Handle):
         backend: str | None = None,
         index: str = "auto",
         max_bytes: int | None = None,
+        permissions: int = 0o700,
         **backend_options: Any,
     ) -> Self:
         """Make a new store and open it for writing.
@@ -101,6 +103,9 @@ class MemoDB(Handle):
             HNSW32 beyond.
         max_bytes
             Bytes that records and catalog may take together; None for no limit.
+        permissions
+            Of the store's directories, whatever the umask; files have the same, less execution. 0o700: nobody else may
+            look at it. 0o750, 0o770: the group of the directory may read, or write as well (docs/security.md).
         **backend_options
             Options of the backend.
 
@@ -110,8 +115,10 @@ class MemoDB(Handle):
             If there is a store, or any other file, at `path`.
         InvalidRecordError, InvalidOptionError, BackendNotFoundError
             If an argument cannot be used; nothing is made then.
+        UnsafePathError
+            If an empty directory at `path` is somebody else's, or everybody may write it.
         """
-        return cls._create(path, shape, dtype, key_dim, backend, index, max_bytes, backend_options)
+        return cls._create(path, shape, dtype, key_dim, backend, index, max_bytes, backend_options, permissions)
 
     @classmethod
     def _create(
@@ -124,6 +131,7 @@ class MemoDB(Handle):
         index: str,
         max_bytes: int | None,
         backend_options: dict[str, Any],
+        permissions: int = 0o700,
         **more: Any,
     ) -> Self:
         """Make a store (see `create`); `more` are settings of `memodb.transfer`."""
@@ -131,6 +139,7 @@ class MemoDB(Handle):
         if backend is None:
             backend = "memory" if volatile else "arena"
         spec = RecordSpec.of(shape, dtype)
+        allowed = arguments.as_permissions(permissions)
         loaded = registry.load(backend)
         throwaway = layout.Throwaway() if volatile else None
         where = arguments.as_path(path) if throwaway is None else throwaway.path
@@ -149,7 +158,7 @@ class MemoDB(Handle):
             **more,
         }
         with layout.access(where):
-            lock, made = layout.claim(where)
+            lock, made = layout.claim(where, allowed)
         db, begun = None, False
         try:
             db = cls(where, "r+", lock, settings)
@@ -169,7 +178,9 @@ class MemoDB(Handle):
             raise
 
     @classmethod
-    def open(cls, path: str | os.PathLike[str], mode: Literal["r", "r+"] = "r") -> Self:
+    def open(
+        cls, path: str | os.PathLike[str], mode: Literal["r", "r+"] = "r", *, owner: int | str | None = None
+    ) -> Self:
         """Open an existing store; shape, dtype, backend and index come from the store itself.
 
         Parameters
@@ -178,6 +189,9 @@ class MemoDB(Handle):
             Directory of the store.
         mode
             "r": read; "r+": read and write (one handle at a time).
+        owner
+            Name or id of the user whose store it is, if it is neither this process's user's nor root's: whoever opens a
+            store trusts its owner. ``MEMODB_TRUSTED_OWNERS`` says the same to every program.
 
         Raises
         ------
@@ -187,6 +201,9 @@ class MemoDB(Handle):
             If `mode` is "r+" and another handle writes.
         FormatVersionError, CorruptionError, StoreAccessError
             If the store cannot be read.
+        UnsafePathError
+            If the store is somebody else's, or something in it is none of its files: a link, a FIFO, somebody else's,
+            or one that others may write.
         """
         if layout.is_memory(path):
             raise StoreNotFoundError(
@@ -197,23 +214,29 @@ class MemoDB(Handle):
         if mode not in ("r", "r+"):
             raise InvalidOptionError(f"mode must be 'r' or 'r+', found {mode!r}; a new store is made by create()")
         with layout.access(where):
-            found = (where / layout.CATALOG / "data.mdb").exists()
+            found = layout.holds_store(where, owner)
         if not found:
             raise StoreNotFoundError(f"{where} holds no memodb store; memodb.MemoDB.create makes one")
-        return cls._open(where, mode)
+        return cls._open(where, mode, owner)
 
     @classmethod
-    def _open(cls, where: Path, mode: Literal["r", "r+"], *, unfinished: bool = False) -> Self:
+    def _open(
+        cls, where: Path, mode: Literal["r", "r+"], owner: int | str | None = None, *, unfinished: bool = False
+    ) -> Self:
         lock = WriterLock(where / layout.LOCK) if mode == "r+" else None
         try:
-            return cls(where, mode, lock, unfinished=unfinished)
+            db = cls(where, mode, lock, unfinished=unfinished)
+            db._owner = owner
+            return db
         except BaseException:
             if lock is not None:
                 lock.release()
             raise
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return MemoDB.open, (os.fspath(self._path), "r")
+        # A path, a mode and a name: whoever unpickles it opens the store by the rules of `open`.
+        reopen = MemoDB.open if self._owner is None else partial(MemoDB.open, owner=self._owner)
+        return reopen, (os.fspath(self._path), "r")
 
     # --- writing ---
 

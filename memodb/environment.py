@@ -22,6 +22,7 @@ import lmdb
 from memodb.errors import ClosedError, CorruptionError, MemoDBError, StoreFullError
 from memodb.lmdb_errors import MAX_READERS, full, translated
 from memodb.lock import lock_bytes
+from memodb.safe import Guard
 
 #: A map that the system does not grant is halved, down to this size.
 _MIN_MAP_SIZE = 1 << 28
@@ -101,7 +102,7 @@ class Environment:
         with cls._registry_lock:
             data = path / "data.mdb"
             if create and not data.exists():
-                path.mkdir(parents=True, exist_ok=True)
+                Guard.of(path.parent).make_directory(path)
                 fresh = cls(path, None, kind)
                 fresh._open(create=True)
                 stat = data.stat()
@@ -161,7 +162,16 @@ class Environment:
             os.close(self._guard)
             self._guard = -1
 
+    def _check_files(self, *, create: bool) -> None:
+        """See that LMDB's files are the store's: LMDB opens them by name, and what it makes goes by the umask."""
+        guard = Guard.of(self.path.parent).directory(self.path)
+        data = self.path / "data.mdb"
+        if not guard.look(data) and create:
+            os.close(guard.open(data, os.O_RDWR | os.O_CREAT | os.O_EXCL))
+        guard.look(self.path / "lock.mdb", shared=True)
+
     def _open(self, *, create: bool) -> None:
+        self._check_files(create=create)
         size = self.kind.map_bytes
         with suppress(FileNotFoundError):
             size = max(size, _MAP_PER_FILE * (self.path / "data.mdb").stat().st_size)
@@ -169,7 +179,7 @@ class Environment:
             try:
                 with self._translated():
                     if not self._fill_lock_file():
-                        # Made by LMDB, and filled once LMDB has let go of it (see there).
+                        # LMDB gives it its length; it is filled once LMDB has let go of it (see there).
                         self._open_lmdb(size, create=create).close()
                         self._fill_lock_file()
                     self._env = self._open_lmdb(size, create=create)
@@ -204,6 +214,7 @@ class Environment:
                 readahead=self.kind.readahead,
                 sync=self.kind.sync,
                 metasync=self.kind.metasync,
+                mode=0o600,
             )
 
         try:
@@ -265,7 +276,7 @@ class Environment:
                 os.truncate(self.path / "data.mdb", least)
 
     def _fill_lock_file(self) -> bool:
-        """Allocate the whole of LMDB's lock file; False where there is none yet.
+        """Allocate the whole of LMDB's lock file; False where LMDB has yet to say how long that is.
 
         Readers enter themselves through a mapping of it: a hole there would be a SIGBUS on a full tmpfs. Never while
         this process has the environment open: closing any descriptor of the file drops the POSIX locks by which LMDB
@@ -273,13 +284,15 @@ class Environment:
         over under a live writer.
         """
         try:
-            fd = os.open(self.path / "lock.mdb", os.O_RDWR | os.O_CLOEXEC)
-        except FileNotFoundError:
-            return False
+            fd = Guard.of(self.path).open(self.path / "lock.mdb", os.O_RDWR | os.O_CREAT, shared=True)
+        except MemoDBError:
+            raise
         except OSError:  # read-only: LMDB says what it needs
             return True
         try:
             stat = os.fstat(fd)
+            if not stat.st_size:
+                return False
             if stat.st_blocks * 512 < stat.st_size:
                 os.posix_fallocate(fd, 0, stat.st_size)
         except OSError as error:

@@ -18,6 +18,7 @@ TREE = {
     "StoreNotFoundError": FileNotFoundError,
     "StoreFullError": OSError,
     "StoreAccessError": PermissionError,
+    "UnsafePathError": PermissionError,
     "CorruptionError": OSError,
     "FormatVersionError": ValueError,
     "WriterLockedError": BlockingIOError,

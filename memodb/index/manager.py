@@ -18,8 +18,9 @@ from typing import Any, Protocol
 import numpy as np
 
 from memodb.checksum import crc32c
-from memodb.errors import CorruptionError, InvalidOptionError
+from memodb.errors import CorruptionError, InvalidOptionError, MemoDBError
 from memodb.index.base import Distances, Ids, Keys, VectorIndex
+from memodb.safe import Guard
 
 log = logging.getLogger(__name__)
 _HEAD = struct.Struct("<4sHIH")
@@ -228,7 +229,9 @@ class IndexSet:
         if number in self._distrusted:
             return None
         try:
-            data = file.read_bytes()
+            data = Guard.of(self._path).read(file)
+        except MemoDBError:
+            raise
         except OSError:
             return None
         try:
@@ -253,8 +256,9 @@ class IndexSet:
         data = _HEAD.pack(_MAGIC, _FORMAT, crc32c(body), len(name)) + body
         temporary = self._file(number).with_suffix(f".{os.getpid()}.tmp")
         try:
-            self._path.mkdir(exist_ok=True)
-            temporary.write_bytes(data)
+            guard = Guard.of(self._path.parent).make_directory(self._path)
+            temporary.unlink(missing_ok=True)
+            guard.write(temporary, data)
             temporary.replace(self._file(number))
         except OSError as error:  # derived data: a full disk must not fail a search
             log.warning("index of namespace %d could not be saved: %s", number, error)

@@ -1,7 +1,7 @@
 """How hard the reliability tests try, and what they count: one place for both.
 
-``make test`` runs each of them once, quickly. ``make torture MINUTES=30`` gives them so many minutes together; each takes
-its share, and reports what it did (kills, faults, flips, inputs), which is summed up at the end.
+``make test`` runs each of them once, quickly. ``make torture MINUTES=30`` gives them so many minutes together; each
+takes its share, and reports what it did (kills, faults, flips, inputs), which is summed up at the end.
 """
 
 from __future__ import annotations
