@@ -63,6 +63,18 @@ class Kind:
     metasync: bool = True
 
 
+def _check_files(path: Path, *, create: bool) -> bool:
+    """See that LMDB's files are the store's, as LMDB opens them by name; return whether there was an environment."""
+    parent = Guard.of(path.parent)
+    guard = parent.make_directory(path) if create else parent.directory(path)
+    guard.look(path / "lock.mdb", shared=True)
+    if guard.look(path / "data.mdb"):
+        return True
+    if create:  # what LMDB makes goes by the umask
+        os.close(guard.open(path / "data.mdb", os.O_RDWR | os.O_CREAT | os.O_EXCL))
+    return False
+
+
 #: Its map is so large that it is never outgrown. Deleting rewrites pages before it frees any, many of them at once: so
 #: it keeps an eighth of its length to spare.
 CATALOG = Kind("the catalog", "delete fewer records at once", map_bytes=1 << 40, spare_part=8)
@@ -101,8 +113,7 @@ class Environment:
         """
         with cls._registry_lock:
             data = path / "data.mdb"
-            if create and not data.exists():
-                Guard.of(path.parent).make_directory(path)
+            if not _check_files(path, create=create) and create:
                 fresh = cls(path, None, kind)
                 fresh._open(create=True)
                 stat = data.stat()
@@ -162,16 +173,7 @@ class Environment:
             os.close(self._guard)
             self._guard = -1
 
-    def _check_files(self, *, create: bool) -> None:
-        """See that LMDB's files are the store's: LMDB opens them by name, and what it makes goes by the umask."""
-        guard = Guard.of(self.path.parent).directory(self.path)
-        data = self.path / "data.mdb"
-        if not guard.look(data) and create:
-            os.close(guard.open(data, os.O_RDWR | os.O_CREAT | os.O_EXCL))
-        guard.look(self.path / "lock.mdb", shared=True)
-
     def _open(self, *, create: bool) -> None:
-        self._check_files(create=create)
         size = self.kind.map_bytes
         with suppress(FileNotFoundError):
             size = max(size, _MAP_PER_FILE * (self.path / "data.mdb").stat().st_size)

@@ -8,6 +8,7 @@ deletions, `memodb.catalog.journal`).
 from __future__ import annotations
 
 import json
+import os
 import struct
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -48,7 +49,7 @@ class Catalog:
 
     def __init__(self, path: Path, *, create_with: dict[str, Any] | None = None) -> None:
         self.path = path
-        if create_with is None and not (path / "data.mdb").exists():
+        if create_with is None and not os.path.lexists(path / "data.mdb"):
             raise StoreNotFoundError(f"{path.parent} holds no memodb store; memodb.MemoDB.create makes one")
         self._env = Environment.acquire(path, create=create_with is not None)
         self._names: dict[str, int] = {}
