@@ -60,16 +60,16 @@ class Guard:
 
     @classmethod
     def of(cls, directory: str | os.PathLike[str]) -> Guard:
-        """Return the guard of a directory that was checked already (by `trusted`, or as part of one that was).
+        """Return the guard of a directory that was checked already (by `trusted`, or by `Guard.directory`).
 
         Raises
         ------
         UnsafePathError
-            If it is no directory, but a link for instance.
+            If it is no directory any more.
         FileNotFoundError
             If it is not there.
         """
-        stat = os.lstat(directory)
+        stat = os.stat(directory)  # the path of a store may be a link
         if not st.S_ISDIR(stat.st_mode):
             raise _wrong(directory, stat, "a directory")
         return cls(stat.st_uid, stat.st_gid, stat.st_mode)

@@ -34,6 +34,15 @@ class GuardedStore(LocalStore):
             self._guard = Guard.of(self.root) if self._parent is None else self._parent.directory(self.root)
         return self._guard
 
+    async def _open(self, *, mode: Any = None) -> None:
+        self._ensure_open_sync()
+
+    def _ensure_open_sync(self) -> None:
+        # zarr would make the directory at the first look, with permissions that go by the umask (see `make_root`).
+        if self.read_only and not self.root.exists():
+            raise FileNotFoundError(f"{self.root} does not exist")
+        self._is_open = True
+
     def make_root(self) -> None:
         """Make the directory, and those above it."""
         parent = self._parent or Guard.of(self.root.parent)

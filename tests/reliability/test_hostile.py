@@ -6,11 +6,13 @@ import json
 import os
 import pickle
 import pickletools
+import shutil
 import stat
 import subprocess
 import sys
+import tempfile
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -27,19 +29,20 @@ from memodb.testing import random_records
 
 BACKENDS = ("arena", "files", "lmdb", "zarr")
 #: A child that says nothing for so long hangs.
-DEADLINE = 120
+DEADLINE = 120 if not effort.is_long() else 600
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can play two users")
 
 
 @pytest.fixture(scope="session")
-def attempts(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], list[dict[str, Any]]]:
+def attempts() -> Iterator[Callable[[str], list[dict[str, Any]]]]:
     """Return a function that has every attempt on a store of a backend made, once, in a process of their own."""
 
     @cache
     def make(backend: str) -> list[dict[str, Any]]:
-        folder = tmp_path_factory.mktemp(f"attacks-{backend}")
-        command = [sys.executable, attacks.__file__, str(folder), backend]
+        folder = top / backend
+        folder.mkdir()
+        command = [sys.executable, attacks.__file__, str(folder), backend, *(["every"] if effort.is_long() else [])]
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE)
             out, status = done.stdout, f"status {done.returncode}\n{done.stderr}"
@@ -57,7 +60,14 @@ def attempts(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], list[d
         )
         return lines
 
-    return make
+    top = Path(tempfile.mkdtemp(prefix=f"memodb-test-{os.getpid()}-", dir=memory_folder()))
+    yield make
+    shutil.rmtree(top)
+
+
+def memory_folder() -> Path:
+    shm = Path("/dev/shm")
+    return shm if os.access(shm, os.W_OK) else Path(tempfile.gettempdir())
 
 
 @pytest.mark.parametrize("name", [*attacks.ON_FILES, "file"])
@@ -324,7 +334,7 @@ def test_a_trusted_owner(make, path, monkeypatch, shared_backend):
     give_away(path)
     with pytest.raises(memodb.UnsafePathError, match="MEMODB_TRUSTED_OWNERS"):
         memodb.MemoDB.open(path)
-    with memodb.MemoDB.open(path, owner=STRANGER) as db, pickle.loads(pickle.dumps(db)) as again:  # noqa: S301
+    with memodb.MemoDB.open(path, owner=STRANGER) as db, pickle.loads(pickle.dumps(db)) as again:
         assert db.multiget([0, 1]).tobytes() == again.multiget([0, 1]).tobytes()
     monkeypatch.setenv("MEMODB_TRUSTED_OWNERS", f"root, {STRANGER}")
     with memodb.MemoDB.open(path) as db:
@@ -425,10 +435,5 @@ def test_measured_costs_are_not_read_from_anything(shm, monkeypatch, what):
 def test_a_pickled_handle_holds_a_path_and_a_mode(make, path):
     with make() as db:
         names = [argument for _, argument, _ in pickletools.genops(pickle.dumps(db)) if isinstance(argument, str)]
-    assert [name for name in names if name != str(path)] == [
-        "builtins",
-        "getattr",
-        "memodb.database",
-        "MemoDB",
-        "open",
-    ] + ["r"]
+    imported = ["builtins", "getattr", "memodb.database", "MemoDB", "open"]
+    assert [name for name in names if name != str(path)] == [*imported, "r"]
