@@ -48,6 +48,7 @@ check: $(READY)
 	$(BIN)/ruff format --check
 	$(BIN)/mypy --strict memodb integrations demo
 	$(BIN)/lint-imports
+	$(BIN)/python .ci/check_code.py
 	$(BIN)/python .ci/check_wheel.py
 
 bench: $(READY)
