@@ -6,6 +6,7 @@
 #   make dax-test    the same on a DAX mount, in a virtual machine: 5 minutes, as root (docs/dax.md)
 #   make powercut CUTS=20    the power goes while stores are written, in a virtual machine: half an hour, as root
 #   make check   style, types, room rules, wheel
+#   make audit   known vulnerabilities of what is installed (needs a network)
 #   make bench   benchmarks, half an hour and more (BENCH_ARGS=benchmarks/test_put.py)
 #   make bench-quick    a subset, 3 minutes
 #   make bench-report   their results as docs/performance.md
@@ -26,10 +27,10 @@ BENCH = $(BIN)/python -m pytest -q --benchmark-columns=median,iqr,rounds --bench
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test torture dax-test powercut check bench bench-quick bench-report clean
+.PHONY: help demo test torture dax-test powercut check audit bench bench-quick bench-report clean
 
 help:
-	@sed -n 's/^# \{0,1\}//p' Makefile | head -13
+	@sed -n 's/^# \{0,1\}//p' Makefile | head -14
 
 # A half-made environment is never taken for a ready one: the stamp is written last.
 $(READY): pyproject.toml constraints.txt
@@ -59,7 +60,11 @@ check: $(READY)
 	$(BIN)/ruff format --check
 	$(BIN)/mypy --strict memodb integrations demo
 	$(BIN)/lint-imports
+	$(BIN)/python .ci/check_code.py
 	$(BIN)/python .ci/check_wheel.py
+
+audit: $(READY)
+	$(BIN)/python .ci/audit.py
 
 bench: $(READY)
 	MEMODB_BENCH=full $(BENCH)

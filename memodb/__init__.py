@@ -29,6 +29,7 @@ from memodb.errors import (
     StoreExistsError,
     StoreFullError,
     StoreNotFoundError,
+    UnsafePathError,
     WriterLockedError,
 )
 from memodb.gather.batch import MappedBatch
@@ -67,6 +68,7 @@ __all__ = [
     "StoreExistsError",
     "StoreFullError",
     "StoreNotFoundError",
+    "UnsafePathError",
     "WriterLockedError",
     "__version__",
     "available_backends",

@@ -16,6 +16,7 @@ import numpy as np
 from memodb.catalog.catalog import check_name, grouped
 from memodb.errors import InvalidIdError, InvalidKeyError, InvalidOptionError
 from memodb.interop import to_numpy
+from memodb.safe import PERMISSIONS
 
 __all__ = ["as_count", "as_distance", "as_ids", "as_keys", "as_namespaces", "as_path", "grouped"]
 
@@ -148,6 +149,23 @@ def as_path(path: Any) -> Path:
     if not isinstance(text, str) or not text or "\0" in text:
         raise InvalidOptionError(f"path {path!r} names no folder")
     return Path(text).absolute()
+
+
+def as_permissions(value: Any) -> int:
+    """Return the permissions of a store's directories.
+
+    Raises
+    ------
+    InvalidOptionError
+        If they are not among those that a store can have.
+    """
+    if isinstance(value, bool) or value not in PERMISSIONS:
+        found = f"{value:#o}" if isinstance(value, int) else repr(value)
+        raise InvalidOptionError(
+            f"permissions={found}: expected 0o700 (the owner alone), 0o750 (a group reads) or 0o770 (a group writes as "
+            "well)"
+        )
+    return int(value)
 
 
 def as_count(name: str, value: Any, *, least: int = 1, most: int = 1 << 62) -> int:

@@ -83,6 +83,7 @@ class MemoDB(Handle):
         backend: str | None = None,
         index: str = "auto",
         max_bytes: int | None = None,
+        permissions: int = 0o700,
         **backend_options: Any,
     ) -> Self:
         """Make a new store and open it for writing.
@@ -104,6 +105,9 @@ class MemoDB(Handle):
             HNSW32 beyond.
         max_bytes
             Bytes that records and catalog may take together; None for no limit.
+        permissions
+            Of the store's directories, whatever the umask; files have the same, less execution. 0o700: nobody else may
+            look at it. 0o750, 0o770: the group of the directory may read, or write as well (docs/security.md).
         **backend_options
             Options of the backend.
 
@@ -113,8 +117,10 @@ class MemoDB(Handle):
             If there is a store, or any other file, at `path`.
         InvalidRecordError, InvalidOptionError, BackendNotFoundError
             If an argument cannot be used; nothing is made then.
+        UnsafePathError
+            If an empty directory at `path` is somebody else's, or everybody may write it.
         """
-        return cls._create(path, shape, dtype, key_dim, backend, index, max_bytes, backend_options)
+        return cls._create(path, shape, dtype, key_dim, backend, index, max_bytes, backend_options, permissions)
 
     @classmethod
     def _create(
@@ -127,6 +133,7 @@ class MemoDB(Handle):
         index: str,
         max_bytes: int | None,
         backend_options: dict[str, Any],
+        permissions: int = 0o700,
         **more: Any,
     ) -> Self:
         """Make a store (see `create`); `more` are settings of `memodb.transfer`."""
@@ -134,6 +141,7 @@ class MemoDB(Handle):
         if backend is None:
             backend = "memory" if volatile else "arena"
         spec = RecordSpec.of(shape, dtype)
+        allowed = arguments.as_permissions(permissions)
         loaded = registry.load(backend)
         throwaway = layout.Throwaway() if volatile else None
         where = arguments.as_path(path) if throwaway is None else throwaway.path
@@ -152,7 +160,7 @@ class MemoDB(Handle):
             **more,
         }
         with naming(where):
-            lock, made = layout.claim(where)
+            lock, made = layout.claim(where, allowed)
         db, begun = None, False
         try:
             with naming(where):
@@ -174,7 +182,12 @@ class MemoDB(Handle):
 
     @classmethod
     def open(
-        cls, path: str | os.PathLike[str], mode: Literal["r", "r+"] = "r", *, verify: Verify | None = None
+        cls,
+        path: str | os.PathLike[str],
+        mode: Literal["r", "r+"] = "r",
+        *,
+        verify: Verify | None = None,
+        owner: int | str | None = None,
     ) -> Self:
         """Open an existing store; shape, dtype, backend and index come from the store itself.
 
@@ -189,6 +202,9 @@ class MemoDB(Handle):
             this handle returns it) or "always". Default: "never" where records lie on this machine, because reading
             every byte would undo what mapping saves (`verify` the method reads the whole store back); "always" where
             they travel (zarr on an object store).
+        owner
+            Name or id of the user whose store it is, if it is neither this process's user's nor root's: whoever opens a
+            store trusts its owner. ``MEMODB_TRUSTED_OWNERS`` says the same to every program.
 
         Raises
         ------
@@ -198,6 +214,9 @@ class MemoDB(Handle):
             If `mode` is "r+" and another handle writes.
         FormatVersionError, CorruptionError, StoreAccessError
             If the store cannot be read.
+        UnsafePathError
+            If the store is somebody else's, or something in it is none of its files: a link, a FIFO, somebody else's,
+            or one that others may write.
         """
         if layout.is_memory(path):
             raise StoreNotFoundError(
@@ -208,27 +227,37 @@ class MemoDB(Handle):
         if mode not in ("r", "r+"):
             raise InvalidOptionError(f"mode must be 'r' or 'r+', found {mode!r}; a new store is made by create()")
         with naming(where):
-            found = (where / layout.CATALOG / "data.mdb").exists()
+            found = layout.holds_store(where, owner)
         if not found:
             raise StoreNotFoundError(f"{where} holds no memodb store; memodb.MemoDB.create makes one")
-        return cls._open(where, mode, verify=verify)
+        return cls._open(where, mode, owner, verify=verify)
 
     @classmethod
     def _open(
-        cls, where: Path, mode: Literal["r", "r+"], *, unfinished: bool = False, verify: Verify | None = None
+        cls,
+        where: Path,
+        mode: Literal["r", "r+"],
+        owner: int | str | None = None,
+        *,
+        unfinished: bool = False,
+        verify: Verify | None = None,
     ) -> Self:
         with naming(where):
             lock = WriterLock(where / layout.LOCK) if mode == "r+" else None
         try:
             with naming(where):
-                return cls(where, mode, lock, unfinished=unfinished, verify=verify)
+                db = cls(where, mode, lock, unfinished=unfinished, verify=verify)
+            db._owner = owner
+            return db
         except BaseException:
             if lock is not None:
                 lock.release()
             raise
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return functools.partial(MemoDB.open, verify=self._checks.mode), (os.fspath(self._path), "r")
+        # A path, a mode and two options: whoever unpickles it opens the store by the rules of `open`.
+        reopen = functools.partial(MemoDB.open, verify=self._checks.mode, owner=self._owner)
+        return reopen, (os.fspath(self._path), "r")
 
     # --- writing ---
 

@@ -25,6 +25,7 @@ from memodb.lmdb_guard import PageGuard
 from memodb.lmdb_looks import Looking
 from memodb.lock import hold_for_fork, lock_bytes, release_after_fork, wait_for_fork
 from memodb.os_errors import FULL, named
+from memodb.safe import Guard
 
 #: A map that the system does not grant is halved, down to this size.
 _MIN_MAP_SIZE = 1 << 28
@@ -70,6 +71,18 @@ class Kind:
     metasync: bool = True
 
 
+def _check_files(path: Path, *, create: bool) -> bool:
+    """See that LMDB's files are the store's, as LMDB opens them by name; return whether there was an environment."""
+    parent = Guard.of(path.parent)
+    guard = parent.make_directory(path) if create else parent.directory(path)
+    guard.look(path / "lock.mdb", shared=True)
+    if guard.look(path / "data.mdb"):
+        return True
+    if create:  # what LMDB makes goes by the umask
+        os.close(guard.open(path / "data.mdb", os.O_RDWR | os.O_CREAT | os.O_EXCL))
+    return False
+
+
 #: Its map is so large that it is never outgrown. Deleting rewrites pages before it frees any, many of them at once: so
 #: it keeps an eighth of its length to spare.
 CATALOG = Kind("the catalog", "delete fewer records at once", map_bytes=1 << 40, spare_part=8)
@@ -110,8 +123,7 @@ class Environment:
         """
         with cls._registry_lock:
             data = path / "data.mdb"
-            if create and not data.exists():
-                path.mkdir(parents=True, exist_ok=True)
+            if not _check_files(path, create=create) and create:
                 fresh = cls(path, None, kind)
                 fresh._open(create=True)
                 stat = data.stat()
@@ -183,14 +195,14 @@ class Environment:
                 with self._translated():
                     self._guard_pages()
                     if not self._fill_lock_file():
-                        # Made by LMDB, and filled once LMDB has let go of it (see there).
+                        # LMDB gives it its length; it is filled once LMDB has let go of it (see there).
                         self._open_lmdb(size, create=create).close()
                         self._fill_lock_file()
                     self._env = self._open_lmdb(size, create=create)
                     self._hold_presence()
                     self._env.reader_check()
                     self._guard_pages()
-                self._look_at_pages()
+                    self._look_at_pages()
                 return
             except BaseException as error:
                 self._close()
@@ -205,14 +217,15 @@ class Environment:
         """Check the meta pages (see `memodb.lmdb_guard`), before LMDB goes by them; of a new file, afterwards."""
         if self._pages is not None:
             return
-        data = self.path / "data.mdb"
-        flags = os.O_CLOEXEC | os.O_NOFOLLOW
+        data, guard = self.path / "data.mdb", Guard.of(self.path)
         try:
-            fd = os.open(data, os.O_RDWR | flags)
+            fd = guard.open(data, os.O_RDWR)
         except FileNotFoundError:
             return  # LMDB makes it
+        except MemoDBError:
+            raise
         except OSError:
-            fd = os.open(data, os.O_RDONLY | flags)
+            fd = guard.open(data, os.O_RDONLY)
         if os.fstat(fd).st_size == 0 and self._env is None:  # a creation that was cut off
             os.close(fd)
             return
@@ -266,6 +279,7 @@ class Environment:
                 readahead=self.kind.readahead,
                 sync=self.kind.sync,
                 metasync=self.kind.metasync,
+                mode=0o600,
             )
 
         try:
@@ -319,7 +333,7 @@ class Environment:
                 os.truncate(self.path / "data.mdb", least)
 
     def _fill_lock_file(self) -> bool:
-        """Allocate the whole of LMDB's lock file; False where there is none yet.
+        """Allocate the whole of LMDB's lock file; False where LMDB has yet to say how long that is.
 
         Readers enter themselves through a mapping of it: a hole there would be a SIGBUS on a full tmpfs. Never while
         this process has the environment open: closing any descriptor of the file drops the POSIX locks by which LMDB
@@ -327,13 +341,15 @@ class Environment:
         over under a live writer.
         """
         try:
-            fd = os.open(self.path / "lock.mdb", os.O_RDWR | os.O_CLOEXEC)
-        except FileNotFoundError:
-            return False
+            fd = Guard.of(self.path).open(self.path / "lock.mdb", os.O_RDWR | os.O_CREAT, shared=True)
+        except MemoDBError:
+            raise
         except OSError:  # read-only: LMDB says what it needs
             return True
         try:
             stat = os.fstat(fd)
+            if not stat.st_size:
+                return False
             if stat.st_blocks * 512 < stat.st_size:
                 os.posix_fallocate(fd, 0, stat.st_size)
         except OSError as error:

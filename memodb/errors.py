@@ -12,6 +12,7 @@ Each also inherits the builtin that a caller would catch without knowing memodb:
     ├── StoreNotFoundError        (FileNotFoundError)  open() of nothing
     ├── StoreFullError            (OSError)          file system, memory or ``max_bytes`` exhausted
     ├── StoreAccessError          (PermissionError)  the operating system refuses access to the store's files
+    ├── UnsafePathError           (PermissionError)  a path in a store is a link, FIFO, foreign or writable by others
     ├── WriterLockedError         (BlockingIOError)  another writer holds the store
     ├── ReadOnlyError             (io.UnsupportedOperation)  a write through a reader
     ├── ClosedError               (ValueError)       use after close() or release()
@@ -46,6 +47,7 @@ __all__ = [
     "StoreExistsError",
     "StoreFullError",
     "StoreNotFoundError",
+    "UnsafePathError",
     "WriterLockedError",
 ]
 
@@ -92,6 +94,10 @@ class StoreFullError(MemoDBError, OSError):
 
 class StoreAccessError(MemoDBError, PermissionError):
     """The operating system refuses access to the store's files."""
+
+
+class UnsafePathError(MemoDBError, PermissionError):
+    """What lies at a path of the store is none of the store's: somebody else may have put it there, or write it."""
 
 
 class WriterLockedError(MemoDBError, BlockingIOError):

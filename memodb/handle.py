@@ -74,6 +74,7 @@ class Handle:
         self._mode: Literal["r", "r+"] = mode
         self._lock = threading.RLock()
         self._writer_lock = lock
+        self._owner: int | str | None = None
         self._throwaway: layout.Throwaway | None = None
         self._failed: BaseException | None = None
         self._unrestored = False

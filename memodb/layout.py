@@ -10,7 +10,7 @@ import weakref
 from contextlib import suppress
 from pathlib import Path
 
-from memodb import vm
+from memodb import safe, vm
 from memodb.catalog import Catalog
 from memodb.errors import (
     InvalidOptionError,
@@ -35,21 +35,68 @@ def is_memory(path: object) -> bool:
     return isinstance(path, (str, os.PathLike)) and os.fspath(path) == MEMORY
 
 
-def claim(path: Path) -> tuple[WriterLock, list[Path]]:
+def check(path: Path, owner: int | str | None = None) -> None:
+    """See that a store's directory, and those in it, are what memodb made, before anything in them is opened.
+
+    Raises
+    ------
+    UnsafePathError
+        If the directory is somebody's whom nobody trusts (`safe.trusted`), or what is in it is somebody else's.
+    """
+    guard = safe.trusted(path, owner)
+    for name in (CATALOG, VALUES, INDEX):
+        with suppress(FileNotFoundError):
+            guard.directory(path / name)
+    guard.look(path / LOCK)
+
+
+def holds_store(path: Path, owner: int | str | None = None) -> bool:
+    """Tell whether a store may be at `path`; if so, it was checked (see `check`).
+
+    Raises
+    ------
+    UnsafePathError
+        As `check`.
+    """
+    if not _is_there(path / CATALOG):
+        return False
+    check(path, owner)
+    return _is_there(path / CATALOG / "data.mdb")
+
+
+def _is_there(path: Path) -> bool:
+    """Tell whether there is anything, be it a link to nothing; not to be told is an error."""
+    try:
+        os.lstat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True
+
+
+def claim(path: Path, permissions: int) -> tuple[WriterLock, list[Path]]:
     """Make the directory of a new store and take its lock; return that and the directories made, the innermost first.
 
     Raises
     ------
     StoreExistsError
         If a store, or any file that is not a store's, lives there already.
+    UnsafePathError
+        If an empty directory is there that somebody else made, or everybody may write.
     """
     exists = StoreExistsError(f"{path} exists already; open it with memodb.MemoDB.open, or choose another path")
-    if path.exists() and not (path.is_dir() and _is_cut_off(path)):
+    if _is_there(path) and not (path.is_dir() and _is_cut_off(path)):
         raise exists
     missing = [folder for folder in (path, *path.parents) if not folder.exists()]
     _require_outside(path)
     try:
-        path.mkdir(parents=True, exist_ok=True)
+        for folder in reversed(missing):
+            try:
+                safe.make_directory(folder, permissions)
+            except FileExistsError:
+                if not folder.is_dir():
+                    raise
+        if safe.trusted(path).uid == os.geteuid():
+            safe.set_permissions(path, permissions)  # it may have been there, empty
         for folder in missing[1:]:
             vm.sync_directory(folder.parent)
         lock = WriterLock(path / LOCK)
@@ -100,6 +147,7 @@ def _is_cut_off(path: Path) -> bool:
 
 def _is_complete(path: Path) -> bool:
     """Tell whether there is a store (a creation that was cut off leaves one without settings)."""
+    check(path)
     try:
         Catalog(path / CATALOG).close()
     except StoreNotFoundError:
@@ -145,6 +193,7 @@ class Throwaway:
         with suppress(OSError):  # tidying up must not keep anybody from working
             _sweep(parent)
         self.path = Path(tempfile.mkdtemp(prefix=f"{_THROWAWAY}{os.getpid()}-", dir=parent))
+        safe.set_permissions(self.path, 0o700)  # whatever the umask
         self._end = weakref.finalize(self, _remove_own, self.path, os.getpid())
 
     def remove(self) -> None:

@@ -17,8 +17,9 @@ import threading
 from contextlib import suppress
 from pathlib import Path
 
-from memodb.errors import StoreAccessError, WriterLockedError
+from memodb.errors import MemoDBError, StoreAccessError, WriterLockedError
 from memodb.os_errors import named
+from memodb.safe import Guard
 
 _FLOCK = struct.Struct("hhqqi4x")  # struct flock of 64-bit Linux: l_type, l_whence, l_start, l_len, l_pid
 _held: set[int] = set()
@@ -87,14 +88,16 @@ class WriterLock:
         If another handle holds it, here or in another process; the message names the process.
     StoreAccessError
         If the file cannot be opened for writing.
+    UnsafePathError
+        If it is none of the store's.
     """
 
     def __init__(self, path: Path) -> None:
         self._pid = os.getpid()
         with _held_lock:
             try:
-                fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
-            except FileNotFoundError:
+                fd = Guard.of(path.parent).open(path, os.O_RDWR | os.O_CREAT)
+            except (FileNotFoundError, MemoDBError):
                 raise
             except OSError as error:
                 raise StoreAccessError(

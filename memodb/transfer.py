@@ -40,6 +40,7 @@ def copy(
     max_bytes: int | None = None,
     progress: Progress | None = None,
     verify: bool = True,
+    permissions: int = 0o700,
     **options: Any,
 ) -> None:
     """Copy a store, record by record, into a new one; ids, keys, namespaces and tombstones are kept.
@@ -62,6 +63,8 @@ def copy(
         Called with (records done, records to do).
     verify
         Read each batch back from the copy and compare it with its checksums. (The source's are compared in any case.)
+    permissions
+        Of the copy, as for `MemoDB.create`.
     **options
         Options of the copy's backend.
 
@@ -81,7 +84,7 @@ def copy(
         raise InvalidOptionError(f"a store cannot be copied into itself: {target} lies in {source}")
     if layout.is_memory(src_path) or layout.is_memory(dst_path):
         raise InvalidOptionError(f"{layout.MEMORY!r} is a new store each time: it cannot be copied, nor kept a copy in")
-    with MemoDB.open(source) as src, _destination(src, target, backend, index, max_bytes, options) as dst:
+    with MemoDB.open(source) as src, _destination(src, target, backend, index, max_bytes, options, permissions) as dst:
         try:
             _copy_records(src, dst, progress, verify)
         except _NotKeptError:
@@ -97,7 +100,13 @@ def copy(
 
 
 def _destination(
-    src: MemoDB, target: Path, backend: str, index: str | None, max_bytes: int | None, options: dict[str, Any]
+    src: MemoDB,
+    target: Path,
+    backend: str,
+    index: str | None,
+    max_bytes: int | None,
+    options: dict[str, Any],
+    permissions: int,
 ) -> MemoDB:
     """Return the new store, or the unfinished copy of the same source."""
     asked = {
@@ -115,6 +124,7 @@ def _destination(
             src.index_factory if index is None else index,
             max_bytes,
             options,
+            permissions,
             copy_of=asked,
         )
     except StoreExistsError as error:

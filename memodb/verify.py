@@ -9,7 +9,7 @@ import numpy as np
 
 from memodb.catalog import Catalog
 from memodb.checksum import crc32c
-from memodb.errors import CorruptionError, RecordNotFoundError
+from memodb.errors import CorruptionError, RecordNotFoundError, UnsafePathError
 from memodb.problem import Problem
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ def _check_records(db: MemoDB, ids: np.ndarray[Any, Any], sums: np.ndarray[Any, 
         # Another process deleted some of them since the list was made.
         still = np.array([id in db for id in ids.tolist()])
         return _check_records(db, ids[still], sums[still])
-    except CorruptionError as error:
+    except (CorruptionError, UnsafePathError) as error:
         if len(ids) == 1:
             return [Problem("segment", str(error), int(ids[0]))]
         half = len(ids) // 2

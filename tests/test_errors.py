@@ -18,6 +18,7 @@ TREE = {
     "StoreNotFoundError": FileNotFoundError,
     "StoreFullError": OSError,
     "StoreAccessError": PermissionError,
+    "UnsafePathError": PermissionError,
     "CorruptionError": OSError,
     "DeviceError": OSError,
     "FormatVersionError": ValueError,

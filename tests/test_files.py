@@ -168,7 +168,8 @@ def test_damaged_files(make_files, path, harm, strategy):
     else:
         os.truncate(victim, 100)
     with memodb.MemoDB.open(path) as db:
-        with pytest.raises(memodb.CorruptionError, match=r"verify\(\)|restore"):
+        error = memodb.UnsafePathError if harm == "a link" else memodb.CorruptionError
+        with pytest.raises(error, match=r"verify\(\)|restore"):
             db.multiget_mapped([0, 1, 2], strategy=strategy)
         assert [problem.id for problem in db.verify()] == [1]
         with db.multiget_mapped([2, 0], strategy=strategy) as batch:
@@ -208,23 +209,22 @@ def test_no_room_or_no_inodes(disk, limit):
     assert run_program(disk, FULL, disk / "small", wrapper=wrapper) == "ok\n"
 
 
-def test_records_can_be_replaced_by_links(make_files, path, shm):
-    """A file is a file: here hard links into another store, made without reading a byte."""
+def test_records_can_be_copied_but_not_linked(make_files, path, shm):
+    """A file is a file, whoever copied it; one that another store holds as well (``cp -l``) is refused."""
     values = random_records(2, SMALL, "float32")
     with make_files(shape=SMALL) as db:
         db.put(values)
-    shutil.copytree(
-        path,
-        shm / "other",
-        copy_function=os.link,
-        ignore=lambda folder, names: [
-            name for name in names if not folder.startswith(str(path / "values")) and (path / folder / name).is_file()
-        ],
-    )
-    for name in ("catalog/data.mdb", "writer.lock"):
-        shutil.copy(path / name, shm / "other" / name)
+    shutil.copytree(path, shm / "other")
     with memodb.MemoDB.open(shm / "other") as db:
         assert_same_bytes(db.multiget([1, 0]), values[::-1])
+    record = "values/000000/000/001"
+    (shm / "other" / record).unlink()
+    os.link(path / record, shm / "other" / record)
+    for store in (path, shm / "other"):
+        with memodb.MemoDB.open(store) as db:
+            assert_same_bytes(db.multiget([0]), values[:1])
+            with pytest.raises(memodb.UnsafePathError, match="hard links"):
+                db.multiget([1])
 
 
 def test_no_room_at_the_flush_ends_the_writer(disk, monkeypatch):

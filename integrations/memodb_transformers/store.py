@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 from collections.abc import Iterator
@@ -21,6 +22,7 @@ import numpy as np
 from torch import Tensor
 
 import memodb
+from memodb.safe import Guard
 
 from .embedding import Embedder, load_embedder
 from .errors import StoreMismatchError
@@ -96,10 +98,12 @@ def write_store(
 ) -> None:
     """Write what makes a database a memo store."""
     folder = path / _FOLDER
-    folder.mkdir(exist_ok=True)
+    Guard.of(path).make_directory(folder)
     arrays = embedder.arrays()
     for name, array in arrays.items():
-        np.save(folder / f"embedder-{name}.npy", array, allow_pickle=False)
+        packed = io.BytesIO()
+        np.save(packed, array, allow_pickle=False)
+        _write(folder / f"embedder-{name}.npy", packed.getbuffer())
     memo = {
         "format": _FORMAT,
         "version": _VERSION,
@@ -133,6 +137,8 @@ def open_store(path: str | os.PathLike[str], card: ModelCard) -> Iterator[MemoSt
         Nothing is at ``path``.
     StoreMismatchError
         The store is of another model, or no memo store.
+    memodb.UnsafePathError
+        Something in the store is none of its files.
     """
     root = Path(path)
     with memodb.MemoDB.open(root, mode="r") as db:
@@ -170,21 +176,35 @@ def open_store(path: str | os.PathLike[str], card: ModelCard) -> Iterator[MemoSt
 
 def _read_array(file: Path) -> np.ndarray[Any, Any]:
     try:
-        array: np.ndarray[Any, Any] = np.load(file, allow_pickle=False)
+        array: np.ndarray[Any, Any] = np.load(io.BytesIO(_read(file)), allow_pickle=False)
+    except memodb.UnsafePathError:
+        raise
     except (OSError, ValueError, EOFError) as error:
         raise StoreMismatchError(f"{file} is missing or damaged ({error}): build the store again") from error
     return array
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
+    text = json.dumps(content, indent=1, allow_nan=False) + "\n"
+    _write(path, text.encode())
+
+
+def _write(path: Path, content: bytes | memoryview) -> None:
+    """Put a file in place as a whole, with the permissions of the store's own."""
     draft = path.with_suffix(".tmp")
-    draft.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    draft.unlink(missing_ok=True)
+    Guard.of(path.parent.parent).directory(path.parent).write(draft, content)
     os.replace(draft, path)
+
+
+def _read(path: Path) -> bytes:
+    """Return what is in a file, if it is the store's."""
+    return Guard.of(path.parent.parent).directory(path.parent).read(path)
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(_read(path))
     except ValueError as error:
         raise StoreMismatchError(f"{path} is damaged ({error}): build the store again") from error
     if not isinstance(content, dict):

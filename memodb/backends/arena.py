@@ -28,6 +28,7 @@ from memodb.backends.segment import SegmentFile
 from memodb.errors import CorruptionError
 from memodb.extents import Extents
 from memodb.record import RecordSpec
+from memodb.safe import Guard
 
 _ENTRY = np.dtype([("number", "<u4"), ("sealed", "<u4"), ("used", "<u8"), ("allocated", "<u8"), ("huge", "<u8")])
 _SLOT_BITS = np.uint64(32)
@@ -93,7 +94,7 @@ class ArenaBackend(ValueBackend):
         self._directory_unsynced = False
         self._lock = threading.RLock()
         if writable:
-            path.mkdir(exist_ok=True)
+            Guard.of(path.parent).make_directory(path)
         require_own(options.get("segments_path"))
         self._place = Place(path, options.get("segments_path"))
         self._system = self._place.system

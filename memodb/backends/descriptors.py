@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 
 from memodb.backends.file_io import read_all
-from memodb.errors import CorruptionError, StoreAccessError
+from memodb.errors import CorruptionError, MemoDBError, StoreAccessError
+from memodb.safe import Guard, open_no_wait
 
 #: Descriptors kept open: a quarter of what the process may have, so many at most.
 _PART, _MOST = 4, 4096
@@ -29,6 +30,8 @@ class OpenFile:
         The file.
     nbytes
         How long it has to be: beyond its end a mapped page would read as zeros.
+    guard
+        Whose it has to be.
 
     Raises
     ------
@@ -36,18 +39,22 @@ class OpenFile:
         If there is none.
     CorruptionError
         If it is shorter.
+    UnsafePathError
+        If it is none of the store's.
     """
 
     __slots__ = ("fd", "path")
 
-    def __init__(self, path: str, nbytes: int) -> None:
+    def __init__(self, path: str, nbytes: int, guard: Guard) -> None:
         self.path = path
         self.fd = -1
-        self.fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
-        size = os.fstat(self.fd).st_size
-        if size < nbytes:
+        self.fd = open_no_wait(path, os.O_RDONLY)
+        stat = os.fstat(self.fd)
+        guard.check(path, stat)
+        if stat.st_size < nbytes:
             raise CorruptionError(
-                f"{path} is {size} bytes long, its record has {nbytes}: it was truncated; restore the store from a copy"
+                f"{path} is {stat.st_size} bytes long, its record has {nbytes}: it was truncated; restore the store "
+                "from a copy"
             )
 
     def __del__(self) -> None:
@@ -90,8 +97,8 @@ class DescriptorCache:
         self._epochs[number] = 0
         return number
 
-    def get(self, owner: int, number: int, place: Callable[[int], str], nbytes: int) -> OpenFile:
-        """Return file `number` of `owner`, opened now if need be: `place` tells its path, `nbytes` its least length.
+    def get(self, owner: int, number: int, place: Callable[[int], str], nbytes: int, guard: Guard) -> OpenFile:
+        """Return file `number` of `owner`, opened now if need be: `place` tells its path, the rest is `OpenFile`'s.
 
         Raises
         ------
@@ -100,7 +107,9 @@ class DescriptorCache:
         StoreAccessError
             If it may not be opened, or the process has no descriptor left.
         CorruptionError
-            If it is too short, or no file that can be opened.
+            If it is too short, or its device fails.
+        UnsafePathError
+            If it is none of the store's.
         """
         key = owner, number
         with self._lock:
@@ -109,7 +118,7 @@ class DescriptorCache:
                 self._files.move_to_end(key)
                 return file
             epoch = self._epochs.get(owner)
-        file = self._open(place(number), nbytes)
+        file = self._open(place(number), nbytes, guard)
         with self._lock:
             if epoch is None or self._epochs.get(owner) != epoch:
                 return file  # for this once
@@ -126,10 +135,10 @@ class DescriptorCache:
                 while len(self._files) > self._most:
                     self._files.popitem(last=False)
 
-    def _open(self, path: str, nbytes: int) -> OpenFile:
+    def _open(self, path: str, nbytes: int, guard: Guard) -> OpenFile:
         try:
-            return OpenFile(path, nbytes)
-        except (FileNotFoundError, CorruptionError):
+            return OpenFile(path, nbytes, guard)
+        except (FileNotFoundError, MemoDBError):
             raise
         except PermissionError as error:
             raise StoreAccessError(f"{path} cannot be opened: {error.strerror}; ask its owner for access") from error
@@ -141,7 +150,7 @@ class DescriptorCache:
                 ) from error
         self.clear()  # others in this process need theirs more
         try:
-            return OpenFile(path, nbytes)
+            return OpenFile(path, nbytes, guard)
         except OSError as error:
             if error.errno not in (errno.EMFILE, errno.ENFILE):
                 raise

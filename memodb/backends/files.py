@@ -27,9 +27,10 @@ from memodb.backends.file_io import FULL, write_all
 from memodb.backends.keyed import KeyedBackend
 from memodb.backends.pages import LOOK_AGAIN, LOOK_AGAIN_SOON, measured_share, note
 from memodb.backends.writer import FileWriter
-from memodb.errors import StoreAccessError, StoreFullError
+from memodb.errors import MemoDBError, StoreAccessError, StoreFullError
 from memodb.extents import Extents
 from memodb.record import RecordSpec
+from memodb.safe import Guard
 from memodb.threads import CREW, MOST
 
 _BITS = 10
@@ -67,8 +68,11 @@ class FilesBackend(KeyedBackend):
         require_options(options, {name: good for name, (_, good, _) in _OPTIONS.items()})
         self._system = vm.filesystem(path)
         self._root = os.fspath(path)
+        self._guard = Guard.of(path)
+        #: Directories of records that were looked at: nobody can exchange them who may not write them.
+        self._leaves: set[int] = set()
         # Before anything is written: see `vm.sync_filesystem`.
-        self._fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC) if writable else -1
+        self._fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC) if writable else -1
         self._owner = DESCRIPTORS.owner()
         self._huge = 0
         self._erased = 0
@@ -93,6 +97,16 @@ class FilesBackend(KeyedBackend):
     def _file(self, number: int) -> str:
         return f"{self._root}/{number >> 2 * _BITS:06x}/{number >> _BITS & _LEAF:03x}/{number & _LEAF:03x}"
 
+    def _checked_file(self, number: int) -> str:
+        """Return the path of a record whose directories are the store's: no link leads out of it."""
+        leaf = number >> _BITS
+        if leaf not in self._leaves:
+            folder = self._folder(leaf)
+            self._guard.directory(os.path.dirname(folder))
+            self._guard.directory(folder)
+            self._leaves.add(leaf)
+        return self._file(number)
+
     # --- writing ---
 
     def write(self, numbers: Locators, values: Values) -> None:
@@ -105,8 +119,12 @@ class FilesBackend(KeyedBackend):
 
         try:
             for leaf in range(int(numbers[0]) >> _BITS, (int(numbers[-1]) >> _BITS) + 1):
-                os.makedirs(self._folder(leaf), exist_ok=True)
+                folder = self._folder(leaf)
+                self._guard.make_directory(os.path.dirname(folder))
+                self._guard.make_directory(folder)
             CREW.share(work, len(files), MOST if values.nbytes >= vm.HUGE or len(files) > 16 else 1)
+        except MemoDBError:
+            raise
         except OSError as error:
             if error.errno in _REFUSED:
                 raise StoreAccessError(
@@ -124,7 +142,7 @@ class FilesBackend(KeyedBackend):
 
     def _write_file(self, file: str, data: np.ndarray[Any, np.dtype[np.uint8]]) -> int:
         """Write a new file; return how many bytes of it lie on huge pages."""
-        fd = _create(file)
+        fd = self._create(file)
         try:
             if data.size >= vm.HUGE and (self._system.in_memory or self._is_dax(fd)):
                 whole = vm.round_up(data.size, vm.PAGE)
@@ -137,6 +155,16 @@ class FilesBackend(KeyedBackend):
             return 0
         finally:
             os.close(fd)
+
+    def _create(self, file: str) -> int:
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL
+        try:
+            return self._guard.open(file, flags)
+        except OSError as error:
+            if error.errno not in (errno.EMFILE, errno.ENFILE):
+                raise
+        DESCRIPTORS.clear()
+        return self._guard.open(file, flags)
 
     def _is_dax(self, fd: int) -> bool:
         return not self._system.in_memory and vm.is_dax(fd)
@@ -183,8 +211,10 @@ class FilesBackend(KeyedBackend):
         """Return the numbers of all files from `first` on (see `KeyedBackend.numbers`)."""
         found: list[int] = []
         for high, top in _entries(self.path, first >> 2 * _BITS):
+            self._guard.directory(top)
             for middle, folder in _entries(top, (first >> _BITS) - (high << _BITS)):
                 base = high << 2 * _BITS | middle << _BITS
+                self._guard.directory(folder)
                 found.extend(base | low for low, _ in _entries(folder, first - base))
         return np.array(found, np.uint64)
 
@@ -192,7 +222,7 @@ class FilesBackend(KeyedBackend):
         """Unlink files; whoever maps one keeps its memory."""
         for number in numbers.tolist():
             with suppress(FileNotFoundError):
-                os.unlink(self._file(number))
+                os.unlink(self._checked_file(number))
         DESCRIPTORS.forget(self._owner)
         for leaf in np.unique(numbers >> np.uint64(_BITS)).tolist():
             with suppress(OSError):  # others are in there
@@ -220,7 +250,7 @@ class FilesBackend(KeyedBackend):
 
     def open_file(self, number: int) -> OpenFile:
         """Return the file of a record, open."""
-        return DESCRIPTORS.get(self._owner, number, self._file, self.spec.nbytes)
+        return DESCRIPTORS.get(self._owner, number, self._checked_file, self.spec.nbytes, self._guard)
 
     def _look(self, files: list[OpenFile]) -> float:
         """Measure what share of some files lies on huge pages (see `memodb.backends.pages`)."""
@@ -288,17 +318,6 @@ class FilesBackend(KeyedBackend):
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
-
-
-def _create(file: str) -> int:
-    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
-    try:
-        return os.open(file, flags, 0o644)
-    except OSError as error:
-        if error.errno not in (errno.EMFILE, errno.ENFILE):
-            raise
-    DESCRIPTORS.clear()
-    return os.open(file, flags, 0o644)
 
 
 class _Medium:

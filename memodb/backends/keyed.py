@@ -13,6 +13,7 @@ import numpy as np
 from memodb.backends.base import Locators, Usage, ValueBackend, Values, Victim
 from memodb.errors import CorruptionError
 from memodb.record import RecordSpec
+from memodb.safe import Guard
 
 _STATE = struct.Struct("<QQ")
 #: Numbers stay below this.
@@ -42,7 +43,7 @@ class KeyedBackend(ValueBackend):
         self.kept = 0
         self._dead: list[Locators] = []
         if writable:
-            path.mkdir(exist_ok=True)
+            Guard.of(path.parent).make_directory(path)
 
     # --- what a subclass fills in ---
 

@@ -17,7 +17,7 @@ from memodb import vm
 from memodb.backends.base import Locators, Usage, Values, Victim, require_options, take_options
 from memodb.backends.keyed import KeyedBackend
 from memodb.environment import Environment, Kind
-from memodb.errors import ClosedError, CorruptionError, InvalidOptionError, MemoDBError, StoreFullError
+from memodb.errors import ClosedError, CorruptionError, InvalidOptionError, MemoDBError, StoreFullError, UnsafePathError
 from memodb.record import RecordSpec
 from memodb.threads import CREW
 
@@ -248,8 +248,8 @@ class LmdbBackend(KeyedBackend):
             with self._opened() as env, env.long_read() as txn:
                 # The transaction ends when all threads are done: only then may LMDB use these pages again.
                 _copy([self._record(txn, number) for number in locators.tolist()], out)
-        except MemoDBError:
-            if self._closed or self._data().exists():
+        except MemoDBError as error:
+            if isinstance(error, UnsafePathError) or self._closed or self._data().exists():
                 raise
             # Compaction removed it before this process, a forked one, could open it again.
             raise FileNotFoundError(f"{self._data()} is gone") from None

@@ -10,7 +10,11 @@ import shutil
 from pathlib import Path
 
 from memodb import vm
-from memodb.errors import InvalidOptionError, StoreAccessError, StoreFullError, StoreNotFoundError
+from memodb.errors import InvalidOptionError, StoreAccessError, StoreFullError, StoreNotFoundError, UnsafePathError
+from memodb.safe import Guard, make_directory
+
+#: What `own_directory` calls a directory. Nothing else is written to, or cleared, because settings say so.
+_NAME = re.compile(r"memodb-[0-9a-f]{16}")
 
 _PREFIX = "memodb-"
 
@@ -31,12 +35,17 @@ class Place:
         If the file system that `elsewhere` was on is gone.
     StoreAccessError
         If the operating system refuses access to it.
+    UnsafePathError
+        If `elsewhere` is no directory that memodb makes for segments, or not that of the store's owner.
     """
 
     def __init__(self, own: Path, elsewhere: str | None) -> None:
         self._store = own.parent
         self._outside = elsewhere is not None
         self.directory = own if elsewhere is None else Path(elsewhere)
+        self._guard = Guard.of(self._store)
+        if elsewhere is not None:
+            self._check_elsewhere()
         try:
             self.system = vm.filesystem(self.directory.parent if self._outside else own)
         except FileNotFoundError as error:
@@ -46,6 +55,18 @@ class Place:
                 f"{self.directory}, where the records of {self._store} lie, cannot be reached: {error.strerror}; ask "
                 "its owner for access"
             ) from error
+
+    def _check_elsewhere(self) -> None:
+        """See that the settings name a directory for segments of this store's owner: a writer clears it of others."""
+        if not (self.directory.is_absolute() and _NAME.fullmatch(self.directory.name)):
+            raise UnsafePathError(
+                f"the settings of {self._store} keep its segments in {self.directory}, which memodb would never choose "
+                "(expected a name like memodb-0123456789abcdef); nothing there was touched: they are damaged, or "
+                "somebody changed them; restore the store from a copy"
+            )
+        if os.path.lexists(self.directory):
+            self._guard.directory(self.directory)
+            require_outside(self.directory, self._store, "segments_path")
 
     def _missing(self) -> StoreNotFoundError:
         return StoreNotFoundError(
@@ -64,7 +85,7 @@ class Place:
         if not self._outside or self.directory.is_dir():
             return
         try:
-            self.directory.mkdir()
+            make_directory(self.directory, self._guard.directory_mode)
         except FileNotFoundError as error:
             raise self._missing() from error
         except OSError as error:

@@ -19,7 +19,8 @@ from memodb import vm
 from memodb.backends.file_io import FULL, read_all
 from memodb.backends.pages import LOOK_AGAIN, LOOK_AGAIN_SOON, measured_share
 from memodb.backends.writer import FileWriter
-from memodb.errors import CorruptionError, StoreAccessError, StoreFullError
+from memodb.errors import CorruptionError, MemoDBError, StoreAccessError, StoreFullError
+from memodb.safe import Guard
 
 #: What lies in a segment's place is no file: a directory, a link, a socket.
 _NO_FILE = {errno.EISDIR, errno.ELOOP, errno.ENOTDIR, errno.ENXIO, errno.ENODEV}
@@ -77,9 +78,10 @@ class SegmentFile:
         self._whole = 0
         self._rows: np.ndarray[Any, np.dtype[np.uint8]] | None = None
         mode = os.O_RDWR if writable or create else os.O_RDONLY
-        flags = mode | os.O_CLOEXEC | os.O_NOFOLLOW | (os.O_CREAT | os.O_EXCL if create else 0)
         try:
-            self.fd = os.open(path, flags, 0o644)
+            self.fd = Guard.of(path.parent).open(path, mode | (os.O_CREAT | os.O_EXCL if create else 0))
+        except MemoDBError:
+            raise
         except PermissionError as error:
             raise StoreAccessError(
                 f"segment {path} cannot be opened: {error.strerror}; ask its owner for access"

@@ -28,8 +28,10 @@ from memodb.errors import (
     StoreAccessError,
     StoreExistsError,
     StoreNotFoundError,
+    UnsafePathError,
 )
 from memodb.record import RecordSpec
+from memodb.safe import Guard, user
 
 if TYPE_CHECKING:
     from memodb.backends.zarr_gather import Reader
@@ -97,7 +99,14 @@ class ZarrBackend(KeyedBackend):
         from memodb.backends.zarr_store import Place
 
         self._coding = Coding(spec, options)
-        self._place = Place(target, options["client"], options["storage_options"], writable=writable)
+        guard = Guard.of(path.parent)
+        if target.kind == "remote" and guard.is_foreign:
+            raise UnsafePathError(
+                f"the settings of {path.parent}, a store of {user(guard.uid)}, keep its records at {target}: that "
+                f"would be asked with the credentials of {user(os.geteuid())}; let its owner make a copy that holds "
+                "its records"
+            )
+        self._place = Place(target, options["client"], options["storage_options"], writable=writable, guard=guard)
         self._array = RecordArray(self._place, spec, options, self._coding)
         self._reader: Reader | None = None
         #: Bytes of the objects that are committed.
@@ -138,6 +147,7 @@ class ZarrBackend(KeyedBackend):
         if target.kind == "local":
             require_outside(Path(target.where), self.path.parent, "url")
         try:
+            self._place.make_root()
             self._array.make(0)
         except MemoDBError:
             raise
@@ -168,8 +178,8 @@ class ZarrBackend(KeyedBackend):
     def _descriptor(self, root: Path) -> int:
         """Return a descriptor of the array's directory, opened before anything is written (see `sync_filesystem`)."""
         if self._fd < 0:
-            root.mkdir(parents=True, exist_ok=True)
-            self._fd = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            self._place.make_root()
+            self._fd = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
         return self._fd
 
     def as_kept(self, values: Values) -> Values:

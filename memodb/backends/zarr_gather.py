@@ -29,7 +29,8 @@ from memodb.backends.zarr_array import RecordArray
 from memodb.backends.zarr_loop import Job
 from memodb.backends.zarr_store import MissingObjectError
 from memodb.checksum import crc32c
-from memodb.errors import CorruptionError, MemoDBError, StoreAccessError
+from memodb.errors import CorruptionError, MemoDBError, StoreAccessError, UnsafePathError
+from memodb.safe import open_no_wait
 from memodb.threads import CREW
 
 Bytes1D = np.ndarray[Any, np.dtype[np.uint8]]
@@ -183,18 +184,22 @@ class Reader:
     # --- straight from files ---
 
     def _read_files(self, chunks: list[int], members: list[Any], rows: Locators, out: Bytes2D) -> None:
+        guard = self._array.place.guard
+
         def read(i: int) -> None:
             shard, inner = divmod(chunks[i], self._per_object)
             key, mine = self._array.key(shard), members[i].tolist()
             row = int(rows[mine[0]])
             try:
-                fd = os.open(f"{self._files}/{key}", os.O_RDONLY | os.O_CLOEXEC)
+                fd = open_no_wait(f"{self._files}/{key}", os.O_RDONLY)
             except FileNotFoundError:
                 raise self._missing(key) from None
             except OSError as error:
                 raise self._unreadable(row, key, error) from error
             try:
-                start, length = self._file_part(fd, shard, inner, key, row)
+                stat = os.fstat(fd)
+                guard.check(f"{self._files}/{key}", stat)
+                start, length = self._file_part(fd, stat.st_size, shard, inner, key, row)
                 if self._decompress is None:
                     for member in mine:
                         within = int(rows[member]) % self._array.per_chunk
@@ -216,9 +221,8 @@ class Reader:
 
         CREW.share(read, len(chunks))
 
-    def _file_part(self, fd: int, shard: int, inner: int, key: str, row: int) -> tuple[int, int]:
+    def _file_part(self, fd: int, size: int, shard: int, inner: int, key: str, row: int) -> tuple[int, int]:
         """Return where a chunk begins in the file of its object, and how long it is."""
-        size = os.fstat(fd).st_size
         start, length = 0, size
         if self._sharded:
             start, length = self._file_index(fd, size, shard, key)[inner].tolist()
@@ -278,7 +282,7 @@ class Reader:
     def _unreadable(self, row: int, key: str, error: Exception) -> Exception:
         """Return an error of a store as what it tells: no access, a full process, or else a damaged device."""
         translated = self._array.place.failure("read", error)
-        if isinstance(translated, StoreAccessError) or getattr(error, "errno", None) in _HARMLESS:
+        if isinstance(translated, (StoreAccessError, UnsafePathError)) or getattr(error, "errno", None) in _HARMLESS:
             return translated
         return self._undecodable(row, key, error)
 

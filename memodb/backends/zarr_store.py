@@ -16,11 +16,13 @@ from zarr.abc.store import Store
 from zarr.buffer.cpu import Buffer
 from zarr.core.buffer import default_buffer_prototype
 from zarr.core.sync import iothread
-from zarr.storage import FsspecStore, LocalStore, MemoryStore, ObjectStore, WrapperStore, ZipStore
+from zarr.storage import FsspecStore, MemoryStore, ObjectStore, WrapperStore, ZipStore
 
+from memodb.backends.zarr_local import GuardedStore
 from memodb.backends.zarr_loop import run
 from memodb.backends.zarr_url import Target, choose_client, fsspec_options, obstore_options
 from memodb.errors import CorruptionError, MemoDBError, StoreAccessError, StoreFullError
+from memodb.safe import Guard
 
 #: What zarr calls the metadata of an array (and, of version 2, of arrays and groups).
 METADATA = "zarr.json"
@@ -64,6 +66,8 @@ class Place:
         How it is reached, if it is on another machine.
     writable
         Whether this process is the writer.
+    guard
+        What the store's directory says of files and directories on this machine; None before there is one.
 
     Raises
     ------
@@ -76,8 +80,17 @@ class Place:
     #: The process that used obstore first: its threads do not survive a fork.
     _obstore_process: ClassVar[int | None] = None
 
-    def __init__(self, target: Target, client: str, storage_options: Mapping[str, Any], *, writable: bool) -> None:
+    def __init__(
+        self,
+        target: Target,
+        client: str,
+        storage_options: Mapping[str, Any],
+        *,
+        writable: bool,
+        guard: Guard | None = None,
+    ) -> None:
         self.target = target
+        self._guard = guard
         self.root = Path(target.where) if target.kind == "local" else None
         self._client = choose_client(target, client) if target.kind == "remote" else ""
         self._options = storage_options
@@ -111,10 +124,12 @@ class Place:
     def _open(self) -> Store:
         target, read_only = self.target, not self._writable
         if target.kind == "local":
-            return LocalStore(target.where, read_only=read_only)
+            return GuardedStore(target.where, read_only=read_only, guard=self._guard)
         if target.kind == "memory":
             return MemoryStore(_MEMORY.setdefault(target.where, {}), read_only=read_only)
         if target.kind == "zip":
+            if self._guard is not None:
+                self._guard.look(target.where)
             opened = ZipStore(target.where, mode="r")
             opened._sync_open()
             return opened
@@ -151,6 +166,17 @@ class Place:
             _close_session(inner.fs)
         elif isinstance(inner, ZipStore):
             inner.close()
+
+    @property
+    def guard(self) -> Guard:
+        """What the array's directory says of the files in it."""
+        assert isinstance(self.store._store, GuardedStore)
+        return self.store._store.guard
+
+    def make_root(self) -> None:
+        """Make the array's directory, if it lies on this machine."""
+        if isinstance(self.store._store, GuardedStore):
+            self.store._store.make_root()
 
     # --- objects ---
 

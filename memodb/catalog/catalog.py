@@ -66,7 +66,7 @@ class Catalog:
     def __init__(self, path: Path, *, create_with: dict[str, Any] | None = None) -> None:
         self.path = path
         self._data = os.fspath(path / "data.mdb")
-        if create_with is None and not (path / "data.mdb").exists():
+        if create_with is None and not os.path.lexists(path / "data.mdb"):
             raise StoreNotFoundError(f"{path.parent} holds no memodb store; memodb.MemoDB.create makes one")
         self._env = Environment.acquire(path, create=create_with is not None)
         self._names: dict[str, int] = {}

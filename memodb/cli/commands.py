@@ -32,6 +32,7 @@ def create(arguments: argparse.Namespace) -> int:
         backend=arguments.backend,
         index=arguments.index,
         max_bytes=arguments.max_bytes,
+        permissions=arguments.permissions,
         **dict(arguments.option),
     ) as db:
         _show(describe(db), arguments)
@@ -72,6 +73,7 @@ def copy(arguments: argparse.Namespace) -> int:
                 index=arguments.index,
                 max_bytes=arguments.max_bytes,
                 verify=not arguments.no_verify,
+                permissions=arguments.permissions,
                 progress=progress,
                 **dict(arguments.option),
             )

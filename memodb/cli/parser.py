@@ -48,6 +48,14 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def permissions(text: str) -> int:
+    """Parse permissions in octal; which of them a store can have, `MemoDB.create` says."""
+    try:
+        return int(text, 8)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} are no permissions: write 700, 750 or 770") from None
+
+
 def vector(text: str) -> list[float]:
     """Parse ``0.1,0.2,...``."""
     try:
@@ -101,6 +109,7 @@ def build_parser() -> argparse.ArgumentParser:
     create.add_argument("--backend", default="arena", help="where record bytes live (default: %(default)s)")
     create.add_argument("--index", default="auto", help="faiss factory string, or auto (default: %(default)s)")
     create.add_argument("--max-bytes", type=size, metavar="SIZE", help="refuse puts beyond this size, e.g. 8GiB")
+    _add_permissions(create)
     _add_options(create)
 
     info = command("info", commands.info, "Tell what a store holds.")
@@ -123,6 +132,7 @@ def build_parser() -> argparse.ArgumentParser:
     copy.add_argument("--index", help="index of the copy (default: the source's)")
     copy.add_argument("--max-bytes", type=size, metavar="SIZE", help="limit of the copy, e.g. 8GiB")
     copy.add_argument("--no-verify", action="store_true", help="do not read back what was written")
+    _add_permissions(copy)
     _add_options(copy)
 
     compact = command("compact", commands.compact, "Give back the bytes of deleted records.")
@@ -163,6 +173,16 @@ def build_parser() -> argparse.ArgumentParser:
 
     command("backends", commands.backends, "List the known backends, what they can do and whether they are installed.")
     return parser
+
+
+def _add_permissions(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--permissions",
+        type=permissions,
+        default=0o700,
+        metavar="OCTAL",
+        help="700: the owner alone (default); 750, 770: the group of the folder reads, or writes as well",
+    )
 
 
 def _add_options(parser: argparse.ArgumentParser) -> None:

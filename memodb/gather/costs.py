@@ -8,6 +8,7 @@ them warm, and ``copied_byte`` what copying costs before they are warm.
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import platform
@@ -17,9 +18,11 @@ from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
-from memodb import vm
+from memodb import safe, vm
+from memodb.errors import UnsafePathError
 from memodb.threads import MOST
 
+log = logging.getLogger(__name__)
 #: Batch sizes, in bytes, at which the costs of a byte are known; between them they are interpolated.
 SIZES = (1 << 18, 1 << 20, 1 << 22, 1 << 24, 1 << 26, 1 << 28, 1 << 30)
 _FORMAT = 1
@@ -117,18 +120,20 @@ def save_costs(costs: Costs, path: Path) -> None:
         If the file cannot be written.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    draft.write_text(json.dumps({"format": _FORMAT, "machine": machine(), "costs": asdict(costs)}, indent=1) + "\n")
-    draft.replace(path)
+    text = json.dumps({"format": _FORMAT, "machine": machine(), "costs": asdict(costs)}, indent=1) + "\n"
+    safe.write_own(path, text.encode())
 
 
 def load_costs(path: Path) -> Costs | None:
     """Return the costs kept at `path`; None where there are none, none of this machine, or none that can be used."""
     try:
-        kept = json.loads(path.read_text(encoding="utf-8"))
+        kept = json.loads(safe.read_own(path))
         if kept["format"] != _FORMAT or kept["machine"] != machine():
             return None
         return _parse(kept["costs"])
+    except UnsafePathError as error:
+        log.warning("measured costs are not used: %s", error)
+        return None
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
 

@@ -20,8 +20,9 @@ from typing import Any, Protocol
 import numpy as np
 
 from memodb.checksum import crc32c
-from memodb.errors import CorruptionError, InvalidOptionError
+from memodb.errors import CorruptionError, InvalidOptionError, MemoDBError
 from memodb.index.base import Distances, Ids, Keys, VectorIndex
+from memodb.safe import Guard
 
 log = logging.getLogger(__name__)
 _HEAD = struct.Struct("<4sHIH")
@@ -238,7 +239,9 @@ class IndexSet:
         added = self._source.added(number)
         most = _HEAD.size + len(self._label()) + most_bytes(added, self._dim, self._factory)
         try:
-            data = _read(file, most)
+            data = Guard.of(self._path).read(file, most)
+        except MemoDBError:
+            raise
         except OSError as error:
             if not isinstance(error, FileNotFoundError):
                 log.warning("saved index %s cannot be read (%s); building it again from the catalog", file, error)
@@ -267,8 +270,9 @@ class IndexSet:
         data = _HEAD.pack(_MAGIC, _FORMAT, crc32c(body), len(name)) + body
         temporary = self._file(number).with_suffix(f".{os.getpid()}.tmp")
         try:
-            self._path.mkdir(exist_ok=True)
-            temporary.write_bytes(data)
+            guard = Guard.of(self._path.parent).make_directory(self._path)
+            temporary.unlink(missing_ok=True)
+            guard.write(temporary, data)
             temporary.replace(self._file(number))
         except OSError as error:  # derived data: a full disk must not fail a search
             log.warning("index of namespace %d could not be saved: %s", number, error)
@@ -314,10 +318,3 @@ class IndexSet:
     def loaded(self) -> int:
         """Return how many namespaces' indexes are in memory."""
         return len(self._indexes)
-
-
-def _read(file: Path, most: int) -> bytes:
-    """Return a file's bytes, or `most` of them and one more, whatever size it says it has."""
-    with file.open("rb") as opened:
-        size = os.fstat(opened.fileno()).st_size
-        return opened.read(min(size, most) + 1)
