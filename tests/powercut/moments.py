@@ -19,7 +19,9 @@ import writelog
 from common import BEGIN, DISK, LOG, SPARE, described, map_device, report, run, stores
 from script import reopened
 
-#: A write under way and what arrived of it: all, or those of its sectors.
+#: What a device writes whole or not at all. ext4 needs it: it does not mount with a torn superblock (1 KiB).
+BLOCK = 4096
+#: A write under way and what arrived of it: all, or those of its blocks.
 Torn = tuple[writelog.Entry, np.ndarray | None]
 
 
@@ -50,14 +52,14 @@ def replay(words: dict[str, str]) -> None:
 
 
 def _torn(found: list[writelog.Entry], point: writelog.Point, rng: np.random.Generator) -> list[Torn]:
-    """Choose what of the writes under way arrived: each whole, not at all, or some of its sectors."""
+    """Choose what of the writes under way arrived: each whole, not at all, or some of its blocks."""
     chosen: list[Torn] = []
     for i in point.unflushed:
         entry, fate = found[i], rng.random()
         if fate < 0.4:
             chosen.append((entry, None))
-        elif fate < 0.6:
-            chosen.append((entry, rng.random(entry.nbytes // 512) < 0.5))
+        elif fate < 0.6 and entry.nbytes > BLOCK:
+            chosen.append((entry, rng.random(entry.nbytes // BLOCK) < 0.5))
     return chosen
 
 
@@ -96,8 +98,8 @@ def _checked(known: dict[str, str], number: int, kind: str, log: int, more: list
 def _check(known: dict[str, str], number: int, kind: str, log: int, more: list[Torn], device: str, at: Path) -> None:
     began = time.monotonic()
     to = os.open(device, os.O_RDWR)
-    for entry, sectors in more:
-        writelog.apply(log, entry, to, sectors)
+    for entry, arrived in more:
+        writelog.apply(log, entry, to, arrived)
     os.fsync(to)
     os.close(to)
     run("mount", "-t", "ext4", *(() if Path(device).is_block_device() else ("-o", "loop")), device, str(at))

@@ -11,7 +11,10 @@ import machine
 from cutting import Command
 from outcome import Outcome
 
-DISK_MIB, LOG_MIB, SPARE_MIB = 256, 2048, 512
+DISK_MIB, LOG_MIB = 256, 2048
+#: Of each replay: the disk as it was, and what the changes of checking it are written to.
+_DISKS = (("disk", DISK_MIB), ("spare", 2 * DISK_MIB))
+_KINDS = ("flushed", "torn")
 #: Seconds that recording, and going through the log, may take.
 RECORDING, REPLAYING = 600.0, 7200.0
 
@@ -20,8 +23,8 @@ def _drive(path: Path, more: str = "") -> list[str]:
     return ["-drive", f"file={path},if=virtio,format=raw,cache=unsafe{more}"]
 
 
-def replay_log(command: Command, work: Path, steps: int, guests: int, words: dict[str, str] | None) -> Outcome:
-    """Log so many steps of each store, and check every moment of the log in `guests` machines side by side.
+def replay_log(command: Command, work: Path, steps: int, jobs: int, words: dict[str, str] | None) -> Outcome:
+    """Log so many steps of each store, and check every moment of the log in `jobs` machines side by side.
 
     With `words`: in so many processes of this machine.
     """
@@ -36,11 +39,11 @@ def replay_log(command: Command, work: Path, steps: int, guests: int, words: dic
         outcome.failures.append("nothing was recorded")
         return outcome
     print(f"recorded {recorded}", flush=True)
-    told: list[list[dict[str, Any]]] = [[] for _ in range(guests)]
+    told: list[list[dict[str, Any]]] = [[] for _ in range(jobs)]
 
     def go_through(part: int) -> None:
         disk, spare = (machine.blank(work / f"{name}-{part}.img", mib) for name, mib in _DISKS)
-        more = {"part": str(part), "parts": str(guests)}
+        more = {"part": str(part), "parts": str(jobs)}
         if words is None:
             hardware = ["-m", "1G", *_drive(disk), *_drive(log, ",readonly=on"), *_drive(spare)]
             process = command("replay", more, hardware)
@@ -57,21 +60,18 @@ def replay_log(command: Command, work: Path, steps: int, guests: int, words: dic
                     outcome.lose(said["store"], f"moment {said['moment']}, {said['kind']}: {said['lost']}")
                 elif "moments" in said and not part:
                     print(f"{said['moments']} moments in {said['entries']} entries", flush=True)
-                elif said.get("kind") == "flushed" and said["moment"] % 50 < guests:
+                elif said.get("kind") == "flushed" and said["moment"] % 50 < jobs:
                     print(f"moment {said['moment']}", flush=True)
         if not any("replayed" in said for said in told[part]):
-            outcome.failures.append(f"guest {part} did not come to the end of the log")
+            outcome.failures.append(f"part {part} did not come to the end of the log")
 
-    threads = [threading.Thread(target=go_through, args=(part,), daemon=True) for part in range(guests)]
+    threads = [threading.Thread(target=go_through, args=(part,), daemon=True) for part in range(jobs)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     _add_up(outcome, recorded, [said for part in told for said in part])
     return outcome
-
-
-_DISKS = (("disk", DISK_MIB), ("spare", SPARE_MIB))
 
 
 def _reports(guest: machine.Machine, seconds: float, outcome: Outcome) -> Any:
@@ -92,6 +92,7 @@ def _add_up(outcome: Outcome, recorded: dict[str, int], told: list[dict[str, Any
         "logged deletes": recorded.get("delete", 0),
         "logged compactions": recorded.get("compact", 0),
         "log entries": moments["entries"],
+        "flushes and FUA writes": moments["flushes"],
         "moments": moments["moments"],
         "moments replayed": len(checks["flushed"]),
         "torn moments replayed": len(checks["torn"]),
@@ -101,6 +102,3 @@ def _add_up(outcome: Outcome, recorded: dict[str, int], told: list[dict[str, Any
         outcome.failures.append(f"{len(checks['flushed'])} of {moments['moments']} moments were checked")
     for store in ("arena-disk", "files-disk", "lmdb-disk"):
         outcome.stores[store] = f"{len(checks['flushed'])} + {len(checks['torn'])} moments"
-
-
-_KINDS = ("flushed", "torn")

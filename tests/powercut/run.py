@@ -50,6 +50,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=20250601, help="of what is written, and of the moments")
     parser.add_argument("--build", type=Path, default=machine.TREE / "build" / "dax", help="where the image is kept")
     parser.add_argument("--work", type=Path, default=machine.TREE / "build" / "powercut", help="where disks are kept")
+    parser.add_argument("--keep", action="store_true", help="keep the disks; they are kept where something failed")
     arguments = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     began = time.monotonic()
@@ -78,7 +79,11 @@ def main() -> int:
     if arguments.only != "cuts":
         here = words if arguments.replay_in == "host" else None
         outcomes.append(replay_log(command, arguments.work, arguments.steps, arguments.jobs, here))
-    return summary(outcomes, arguments.work, arguments.prove, time.monotonic() - began)
+    status = summary(outcomes, arguments.work, arguments.prove, time.monotonic() - began)
+    for disk in arguments.work.glob("*.img"):
+        if not (status or arguments.keep):
+            disk.unlink()
+    return status
 
 
 def summary(outcomes: list[Outcome], work: Path, prove: bool, seconds: float) -> int:

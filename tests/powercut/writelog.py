@@ -60,16 +60,17 @@ def entries(log: int) -> list[Entry]:
     return found
 
 
-def apply(log: int, entry: Entry, device: int, sectors: np.ndarray | None = None) -> None:
-    """Write an entry's data to a device; with `sectors`, only those of its 512 bytes for which it is True."""
+def apply(log: int, entry: Entry, device: int, arrived: np.ndarray | None = None) -> None:
+    """Write an entry's data to a device; with `arrived`, only those of so many equal parts for which it is True."""
     if not entry.nbytes:
         return
     data = bytes(entry.nbytes) if entry.flags & DISCARD else os.pread(log, entry.nbytes, entry.place)
     if len(data) != entry.nbytes:
         raise ValueError(f"the log ends within the entry at {entry.place}")
-    if sectors is not None:
-        now = np.frombuffer(os.pread(device, entry.nbytes, entry.at), np.uint8).reshape(-1, 512)
-        data = np.where(sectors[:, None], np.frombuffer(data, np.uint8).reshape(-1, 512), now).tobytes()
+    if arrived is not None:
+        both = (np.frombuffer(part, np.uint8) for part in (data, os.pread(device, entry.nbytes, entry.at)))
+        new, old = (part.reshape(len(arrived), -1) for part in both)
+        data = np.where(arrived[:, None], new, old).tobytes()
     done = 0
     while done < len(data):
         done += os.pwrite(device, data[done:], entry.at + done)
