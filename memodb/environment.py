@@ -72,10 +72,12 @@ class Kind:
 
 
 def _check_files(path: Path, *, create: bool) -> bool:
-    """See that LMDB's files are the store's, as LMDB opens them by name; return whether there was an environment."""
+    """See that LMDB's data is the store's, as LMDB opens it by name; return whether there was an environment.
+
+    The lock file is seen to when it is filled, before LMDB opens it.
+    """
     parent = Guard.of(path.parent)
     guard = parent.make_directory(path) if create else parent.directory(path)
-    guard.look(path / "lock.mdb", shared=True)
     if guard.look(path / "data.mdb"):
         return True
     if create:  # what LMDB makes goes by the umask

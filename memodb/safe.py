@@ -172,13 +172,13 @@ class Guard:
         with os.fdopen(self.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL), "wb") as file:
             file.write(data)
 
-    def look(self, path: str | os.PathLike[str], *, shared: bool = False) -> bool:
+    def look(self, path: str | os.PathLike[str]) -> bool:
         """Check a file inside that somebody else will open, by its name; return whether it is there.
 
         That is as good as checking the open file: whoever could exchange it may write it anyway.
         """
         try:
-            self.check(path, os.lstat(path), shared=shared)
+            self.check(path, os.lstat(path))
         except FileNotFoundError:
             return False
         return True
