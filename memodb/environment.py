@@ -20,6 +20,7 @@ from typing import ClassVar
 import lmdb
 
 from memodb.errors import ClosedError, CorruptionError, MemoDBError, StoreFullError
+from memodb.limits import no_descriptor
 from memodb.lmdb_errors import MAX_READERS, full, translated
 from memodb.lock import hold_for_fork, lock_bytes, release_after_fork, wait_for_fork
 
@@ -239,7 +240,7 @@ class Environment:
                 "truncated; restore it from a copy"
             )
 
-    def _pad(self, more: int = 0) -> bool:
+    def _pad(self, more: int = 0, *, grows: bool = False) -> bool:
         """Allocate what the file has to spare, and room for `more` bytes; False if the file system has no room."""
         # Two promises rest on the file being longer than its pages. Pages that a transaction took and freed again need
         # not have been written, so only a file that is surely long enough lets `_check_length` tell a truncated one.
@@ -252,7 +253,13 @@ class Environment:
         room = found - needed + (self.unused() if self.kind.spare_inside else 0)
         if found >= needed and room >= more + spare // 2:
             return True
-        with suppress(OSError), (self.path / "data.mdb").open("r+b") as file:
+        try:
+            file = (self.path / "data.mdb").open("r+b")
+        except OSError as error:
+            if grows and no_descriptor(error):  # nothing is committed yet, and the file system is not full
+                raise
+            return False
+        with suppress(OSError), file:
             try:
                 os.posix_fallocate(file.fileno(), found, max(more + spare - room, needed - found))
                 return True
@@ -400,7 +407,7 @@ class Environment:
                 self._writes += 1
                 if self._writes % _READERS_EACH == 0:
                     handle.reader_check()
-                if grows and not self._pad(more):
+                if grows and not self._pad(more, grows=True):
                     raise self._full(OSError("its file system is full"))
             try:
                 txn = handle.begin(write=True, buffers=True)

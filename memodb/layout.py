@@ -22,6 +22,7 @@ from memodb.errors import (
     StoreFullError,
     StoreNotFoundError,
 )
+from memodb.limits import NO_DESCRIPTOR, no_descriptor
 from memodb.lock import WriterLock
 
 CATALOG, VALUES, INDEX, LOCK = "catalog", "values", "index", "writer.lock"
@@ -62,10 +63,13 @@ def claim(path: Path) -> tuple[WriterLock, list[Path]]:
             (path / LOCK).unlink()  # made, and then there was no room for a word in it
         remove_empty(missing)
         raise
-    if not _is_cut_off(path):  # somebody else's creation came first
+    try:
+        if not _is_cut_off(path):  # somebody else's creation came first
+            raise exists
+        remove(path, keep=LOCK)
+    except BaseException:
         lock.release()
-        raise exists
-    remove(path, keep=LOCK)
+        raise
     return lock, missing
 
 
@@ -133,6 +137,8 @@ def access(path: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise StoreFullError(f"no room for a store at {path}: {error.strerror}; free space there") from error
+        if no_descriptor(error):
+            raise StoreAccessError(f"{path} cannot be used: {error.strerror}; {NO_DESCRIPTOR}") from error
         raise StoreAccessError(
             f"{path} cannot be used: {error.strerror}; choose another path, or ask for access"
         ) from error

@@ -10,6 +10,7 @@ from pathlib import Path
 import lmdb
 
 from memodb.errors import CorruptionError, FormatVersionError, MemoDBError, StoreAccessError, StoreFullError
+from memodb.limits import NO_DESCRIPTOR
 
 #: Readers that one environment has room for.
 MAX_READERS = 4096
@@ -45,6 +46,8 @@ def translated(noun: str, path: Path, when_full: str) -> Iterator[None]:
     except lmdb.Error as error:
         if "No space left" in str(error) or ("Input/output error" in str(error) and _no_room(path)):
             raise full(noun, path, when_full, error) from error
+        if "Too many open files" in str(error):
+            raise StoreAccessError(f"{noun} {path} cannot be opened: {error}; {NO_DESCRIPTOR}") from error
         if "Permission denied" in str(error) or "Read-only file system" in str(error):
             raise StoreAccessError(
                 f"{noun} {path} cannot be opened: {error}; ask its owner for access (readers too must be able to "

@@ -17,6 +17,7 @@ import threading
 from pathlib import Path
 
 from memodb.errors import StoreAccessError, WriterLockedError
+from memodb.limits import NO_DESCRIPTOR, no_descriptor
 
 _FLOCK = struct.Struct("hhqqi4x")  # struct flock of 64-bit Linux: l_type, l_whence, l_start, l_len, l_pid
 _held: set[int] = set()
@@ -95,6 +96,8 @@ class WriterLock:
             except FileNotFoundError:
                 raise
             except OSError as error:
+                if no_descriptor(error):
+                    raise StoreAccessError(f"{path} cannot be opened: {error.strerror}; {NO_DESCRIPTOR}") from error
                 raise StoreAccessError(
                     f"{path} cannot be opened for writing: {error.strerror}; open the store with mode='r'"
                 ) from error
