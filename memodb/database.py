@@ -29,6 +29,7 @@ from memodb.gather.batch import MappedBatch
 from memodb.gather.gather import Source, check_strategy, copy_into, forget_pages, gather_batch
 from memodb.gather.plan import Strategy
 from memodb.handle import INDEX_AT_CLOSE, Handle, Writing
+from memodb.limits import names_limits
 from memodb.lock import WriterLock
 from memodb.os_errors import naming
 from memodb.problem import Problem
@@ -123,6 +124,7 @@ class MemoDB(Handle):
         return cls._create(path, shape, dtype, key_dim, backend, index, max_bytes, backend_options, permissions)
 
     @classmethod
+    @names_limits
     def _create(
         cls,
         path: str | os.PathLike[str],
@@ -233,6 +235,7 @@ class MemoDB(Handle):
         return cls._open(where, mode, owner, verify=verify)
 
     @classmethod
+    @names_limits
     def _open(
         cls,
         where: Path,
@@ -261,6 +264,7 @@ class MemoDB(Handle):
 
     # --- writing ---
 
+    @names_limits
     def put(self, values: Any, keys: Any = None, *, namespace: str | Sequence[str] = "") -> Ids:
         """Store records, all or none.
 
@@ -337,6 +341,7 @@ class MemoDB(Handle):
                 "records and compact(), or create a store with a larger max_bytes"
             )
 
+    @names_limits
     def delete(self, ids: Any) -> None:
         """Delete records, all or none: they are found no more at once; `compact` gives their memory back.
 
@@ -355,6 +360,7 @@ class MemoDB(Handle):
                 with Writing(self):
                     self._catalog.delete(wanted)
 
+    @names_limits
     def compact(self, progress: Progress | None = None) -> int:
         """Give the space of deleted records back. Never waits for readers or batches: what they hold stays intact.
 
@@ -411,6 +417,7 @@ class MemoDB(Handle):
             ) from error
         return moved
 
+    @names_limits
     def reindex(self, index: str | None = None) -> None:
         """Build the index anew from the keys, with another factory if `index` names one.
 
@@ -436,6 +443,7 @@ class MemoDB(Handle):
 
     # --- reading ---
 
+    @names_limits
     def multiget(self, ids: Any, out: np.ndarray[Any, Any] | None = None) -> np.ndarray[Any, Any]:
         """Return a copy of records as one numpy array.
 
@@ -478,6 +486,7 @@ class MemoDB(Handle):
         """Return a copy of records that nobody compared with their checksums, for who does that."""
         return self._gathered(ids, lambda source, _: gather_batch(source, self._spec, ids, "copy").numpy())
 
+    @names_limits
     def multiget_mapped(self, ids: Any, strategy: Strategy = "auto") -> MappedBatch:
         """Return records as one contiguous tensor, without a copy where their pages can be mapped side by side.
 
@@ -515,6 +524,7 @@ class MemoDB(Handle):
         self._counters.gathered(batch.ids, batch.nbytes, mapped=batch.zero_copy)
         return batch
 
+    @names_limits
     def prefetch(self, ids: Any, strategy: Strategy = "auto") -> None:
         """Begin to gather a batch in the background; the next `multiget_mapped` of the same ids hands it over.
 
@@ -549,6 +559,7 @@ class MemoDB(Handle):
             self._check(wanted, batch.numpy(), seen)
         return batch
 
+    @names_limits
     def search(
         self, keys: Any, k: int = 1, *, namespace: str | Sequence[str] = "", max_distance: float | None = None
     ) -> SearchResult:
@@ -615,16 +626,19 @@ class MemoDB(Handle):
                 ids[members], distances[members] = self._indexes.search(number, wanted[members], k)
         return ids, distances
 
+    @names_limits
     def ids(self, namespace: str | None = None) -> Ids:
         """Return the ids of all records, or of those in one namespace, int64 [n], ascending."""
         self._check_open()
         return self._catalog.live(None if namespace is None else check_name(namespace))[0]
 
+    @names_limits
     def namespaces(self) -> dict[str, int]:
         """Return the number of records of each namespace that was ever used."""
         self._check_open()
         return self._catalog.namespaces()
 
+    @names_limits
     def keys(self, ids: Any) -> np.ndarray[Any, np.dtype[np.float32]]:
         """Return the keys of records, float32 [n, key_dim].
 
@@ -645,6 +659,7 @@ class MemoDB(Handle):
             return np.zeros((0, self.key_dim), np.float32)
         return self._catalog.keys(distinct, rows)[places]
 
+    @names_limits
     def namespace_of(self, ids: Any) -> list[str]:
         """Return the namespace of each of `ids`."""
         self._check_open()
@@ -662,6 +677,7 @@ class MemoDB(Handle):
 
     # --- looking after it ---
 
+    @names_limits
     def stats(self) -> dict[str, Any]:
         """Return what the store holds and what this handle did: a JSON-able dict."""
         self._check_open()
@@ -695,6 +711,7 @@ class MemoDB(Handle):
             **self._counters.to_dict(),
         }
 
+    @names_limits
     def verify(self, progress: Progress | None = None) -> list[Problem]:
         """Read every record back against its checksum, and every key; return what is wrong, [] when the store is sound.
 

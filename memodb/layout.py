@@ -105,10 +105,13 @@ def claim(path: Path, permissions: int) -> tuple[WriterLock, list[Path]]:
             (path / LOCK).unlink()  # made, and then there was no room for a word in it
         remove_empty(missing)
         raise
-    if not _is_cut_off(path):  # somebody else's creation came first
+    try:
+        if not _is_cut_off(path):  # somebody else's creation came first
+            raise exists
+        remove(path, keep=LOCK)
+    except BaseException:
         lock.release()
-        raise exists
-    remove(path, keep=LOCK)
+        raise
     return lock, missing
 
 

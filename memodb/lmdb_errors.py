@@ -18,6 +18,7 @@ from memodb.errors import (
     StoreAccessError,
     StoreFullError,
 )
+from memodb.limits import NO_DESCRIPTOR
 from memodb.os_errors import FULL, named
 
 #: Readers that one environment has room for.
@@ -61,6 +62,8 @@ def translated(noun: str, path: Path, when_full: str) -> Iterator[None]:
         code = code_of(error)
         if code in FULL or (code == errno.EIO and _no_room(path)):
             raise full(noun, path, when_full, error) from error
+        if "Too many open files" in str(error):
+            raise StoreAccessError(f"{noun} {path} cannot be opened: {error}; {NO_DESCRIPTOR}") from error
         if "Permission denied" in str(error) or "Read-only file system" in str(error):
             raise StoreAccessError(
                 f"{noun} {path} cannot be opened: {error}; ask its owner for access (readers too must be able to "

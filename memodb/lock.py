@@ -18,6 +18,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from memodb.errors import MemoDBError, StoreAccessError, WriterLockedError
+from memodb.limits import NO_DESCRIPTOR, no_descriptor
 from memodb.os_errors import named
 from memodb.safe import Guard
 
@@ -100,6 +101,8 @@ class WriterLock:
             except (FileNotFoundError, MemoDBError):
                 raise
             except OSError as error:
+                if no_descriptor(error):
+                    raise StoreAccessError(f"{path} cannot be opened: {error.strerror}; {NO_DESCRIPTOR}") from error
                 raise StoreAccessError(
                     f"{path} cannot be opened for writing: {error.strerror}; open the store with mode='r'"
                 ) from error

@@ -15,6 +15,7 @@ import numpy as np
 
 from memodb.backends.file_io import read_all
 from memodb.errors import CorruptionError, MemoDBError, StoreAccessError
+from memodb.limits import NO_DESCRIPTOR
 from memodb.safe import Guard, open_no_wait
 
 #: Descriptors kept open: a quarter of what the process may have, so many at most.
@@ -154,10 +155,7 @@ class DescriptorCache:
         except OSError as error:
             if error.errno not in (errno.EMFILE, errno.ENFILE):
                 raise
-            raise StoreAccessError(
-                f"{path} cannot be opened: {error.strerror}; the process holds as many descriptors as it may have: "
-                "close some, or raise the limit (ulimit -n)"
-            ) from error
+            raise StoreAccessError(f"{path} cannot be opened: {error.strerror}; {NO_DESCRIPTOR}") from error
 
     def forget(self, owner: int) -> None:
         """Drop the files of `owner`, also those that are being opened."""
