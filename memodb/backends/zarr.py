@@ -215,11 +215,11 @@ class ZarrBackend(KeyedBackend):
         self._parse(state)
         self._reader = None
         self._open_array()
+        self._array.remove_partial()
         length = self._array.length
         if length == self.next:
             return
         if length > self.next:
-            self._array.remove_partial()
             per_object = self._array.per_object
             self._array.remove(np.arange(-(-self.next // per_object), -(-length // per_object)))
         self._array.resize(self.next)
