@@ -309,22 +309,30 @@ class Environment:
         # On a full file system deleting must still be possible, which rewrites pages before it frees any.
         # Best effort: what precedes it is committed, so nothing that goes wrong here may look like a failed commit.
         needed, found = self._length()
-        spare = self.kind.spare
-        if self.kind.spare_part:
-            spare = max(spare, needed // self.kind.spare_part)
-        room = found - needed + (self.unused() if self.kind.spare_inside else 0)
-        if found >= needed and room >= more + spare // 2:
+        lacking = self.growth(more)
+        if not lacking:
             return None
         try:
             with (self.path / "data.mdb").open("r+b") as file:
                 try:
-                    os.posix_fallocate(file.fileno(), found, max(more + spare - room, needed - found))
+                    os.posix_fallocate(file.fileno(), found, lacking)
                 except OSError:
                     os.truncate(file.fileno(), max(found, needed))
                     raise
         except OSError as error:
             return error
         return None
+
+    def growth(self, more: int) -> int:
+        """Return by how many bytes the file grows before `more` are written, with what it has to spare; mostly 0."""
+        needed, found = self._length()
+        spare = self.kind.spare
+        if self.kind.spare_part:
+            spare = max(spare, needed // self.kind.spare_part)
+        room = found - needed + (self.unused() if self.kind.spare_inside else 0)
+        if found >= needed and room >= more + spare // 2:
+            return 0
+        return max(more + spare - room, needed - found)
 
     def trim(self) -> None:
         """Give back what the file is longer than it has to be: what a put that failed leaves, for one."""

@@ -10,6 +10,7 @@ import time
 import zlib
 from pathlib import Path
 
+import effort
 import lmdb
 import numpy as np
 import pytest
@@ -20,7 +21,7 @@ from test_kill import WRITER, acknowledged_until_killed, check, matches
 import memodb
 from memodb.testing import BackendTests, StoreMachine, assert_same_bytes, random_records
 
-KILLS = int(os.environ.get("MEMODB_KILLS", "5"))
+KILLS = effort.count(2, 20)
 SHAPE = (2, 1024)
 NBYTES = 8192
 TINY = 1 << 16

@@ -232,6 +232,7 @@ class ZarrBackend(KeyedBackend):
         self._parse(state)
         self._reader = None
         self._open_array()
+        self._array.remove_partial()
         length = self._array.length
         if length == self.next:
             return

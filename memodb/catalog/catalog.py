@@ -45,6 +45,8 @@ from memodb.errors import (
 )
 
 FORMAT = 1
+#: Bytes of pages that a put writes anew.
+_REWRITTEN = 64 << 10
 _COUNTERS = struct.Struct("<QQQI")  # next id, live records, next journal sequence number, next namespace number
 _COUNTS = struct.Struct("<QQ")
 _NAME = struct.Struct("<I")
@@ -85,8 +87,8 @@ class Catalog:
         return sum(file.stat().st_blocks * 512 for file in self.path.iterdir())
 
     def growth(self, n: int) -> int:
-        """Return about how many bytes `n` more records would take: keys and rows, without what LMDB has to spare."""
-        return n * (ROW.itemsize + 8 + 4 * (self.settings["key_dim"] or 0))
+        """Return by how many bytes `n` more records may let the file grow: keys, rows and pages that are rewritten."""
+        return self._env.growth(n * (ROW.itemsize + 8 + 4 * (self.settings["key_dim"] or 0)) + _REWRITTEN)
 
     def close(self) -> None:
         """Let the environment go."""

@@ -29,18 +29,6 @@ OPERATIONS = ("create", "put", "delete", "compact", "reindex", "close", "copy")
 STEPS = (
     "write", "fdatasync", "fsync", "syncfs", "collapse", "truncate", "fallocate", "rename", "unlink", "mkdir", "mmap",
 )  # fmt: skip
-    "write",
-    "fdatasync",
-    "fsync",
-    "syncfs",
-    "collapse",
-    "truncate",
-    "fallocate",
-    "rename",
-    "unlink",
-    "mkdir",
-    "mmap",
-)
 
 WRITER = """
 import sys
