@@ -195,7 +195,7 @@ class Environment:
         while True:
             try:
                 with self._translated():
-                    self._guard_pages()
+                    self._guard_pages(create=create)
                     if not self._fill_lock_file():
                         # LMDB gives it its length; it is filled once LMDB has let go of it (see there).
                         self._open_lmdb(size, create=create).close()
@@ -215,7 +215,7 @@ class Environment:
                     raise
                 size //= 2
 
-    def _guard_pages(self) -> None:
+    def _guard_pages(self, *, create: bool = True) -> None:
         """Check the meta pages (see `memodb.lmdb_guard`), before LMDB goes by them; of a new file, afterwards."""
         if self._pages is not None:
             return
@@ -228,9 +228,13 @@ class Environment:
             raise
         except OSError:
             fd = guard.open(data, os.O_RDONLY)
-        if os.fstat(fd).st_size == 0 and self._env is None:  # a creation that was cut off
+        if os.fstat(fd).st_size == 0 and self._env is None:
             os.close(fd)
-            return
+            if create:  # an earlier creation was cut off
+                return
+            raise CorruptionError(  # LMDB would make a new one of it
+                f"{self.kind.noun} {data} is empty: it was truncated; restore the store from a copy"
+            )
         self._pages = PageGuard(fd, f"{self.kind.noun} {data}")
         self._pages.metas()
 

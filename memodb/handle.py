@@ -21,6 +21,8 @@ from memodb.catalog import Catalog
 from memodb.checks import Checks, Verify
 from memodb.counters import Counters
 from memodb.errors import (
+    BackendNotFoundError,
+    BackendUnavailableError,
     ClosedError,
     CorruptionError,
     DeviceError,
@@ -126,6 +128,8 @@ class Handle:
             spec = RecordSpec.of(stored["shape"], stored["dtype"])
             backend = registry.load(stored["backend"])
             return spec, backend(values, spec, stored["options"], writable=self._mode == "r+")
+        except (BackendNotFoundError, BackendUnavailableError) as error:
+            raise type(error)(f"{self._path} cannot be opened: {error}") from error
         except MemoDBError as error:
             if not isinstance(error, (InvalidOptionError, InvalidRecordError)):  # of the settings: see below
                 raise

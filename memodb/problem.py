@@ -12,8 +12,8 @@ class Problem:
     Parameters
     ----------
     kind
-        "checksum" (bytes changed), "segment" (bytes missing), "keys" (a key damaged or missing) or "counts" (the
-        catalog contradicts itself).
+        "checksum" (bytes changed), "segment" (bytes missing), "keys" (a key damaged or missing), "names" (that of a
+        namespace damaged or missing) or "counts" (the catalog contradicts itself).
     message
         What is wrong, where, and what to do.
     id

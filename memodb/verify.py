@@ -29,6 +29,7 @@ def verify(db: MemoDB, catalog: Catalog, progress: Callable[[int, int], None] | 
         if progress is not None:
             progress(min(start + step, len(ids)), len(ids))
     problems += _check_counts(catalog)
+    problems += _check_names(catalog, rows)
     if db.key_dim:
         problems += _check_keys(catalog, ids, rows)
     return problems
@@ -71,6 +72,17 @@ def _check_counts(catalog: Catalog) -> list[Problem]:
             f"{catalog.path} counts {counted} records, {in_namespaces} in its namespaces, and has rows of {rows}: "
             "records were lost; restore the store from a copy",
         )
+    ]
+
+
+def _check_names(catalog: Catalog, rows: np.ndarray[Any, Any]) -> list[Problem]:
+    try:
+        lost = catalog.nameless(rows)
+    except CorruptionError as error:
+        return [Problem("names", str(error))]
+    return [
+        Problem("names", f"namespace {number} of {catalog.path} has no name, or two; restore the store from a copy")
+        for number in lost
     ]
 
 

@@ -237,7 +237,6 @@ class ZarrBackend(KeyedBackend):
         if length == self.next:
             return
         if length > self.next:
-            self._array.remove_partial()
             left = self._array.objects()  # of those that are there: the length may be anybody's
             self._array.remove(left[left >= -(-self.next // self._array.per_object)])
         self._array.resize(self.next)

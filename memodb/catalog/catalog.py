@@ -51,6 +51,7 @@ _COUNTERS = struct.Struct("<QQQI")  # next id, live records, next journal sequen
 _COUNTS = struct.Struct("<QQ")
 _NAME = struct.Struct("<I")
 _BLOCK_KEY, _COUNTS_KEY = struct.Struct(">Q"), struct.Struct(">I")
+_MOST_SEQUENCE, _MOST_NAMESPACES = 1 << 62, 1 << 31
 _NAME_BYTES = 480  # LMDB's keys hold 511
 
 
@@ -70,6 +71,8 @@ class Catalog:
         self._data = os.fspath(path / "data.mdb")
         if create_with is None and not os.path.lexists(path / "data.mdb"):
             raise StoreNotFoundError(f"{path.parent} holds no memodb store; memodb.MemoDB.create makes one")
+        if create_with is None and os.stat(self._data).st_size == 0:
+            raise self._cut_off()
         self._env = Environment.acquire(path, create=create_with is not None)
         self._names: dict[str, int] = {}
         self._settings_seen = -1
@@ -109,9 +112,7 @@ class Catalog:
             raw = txn.get(SETTINGS)
             text = None if raw is None else unseal(SETTINGS, raw, self.path)
         if text is None:
-            raise StoreNotFoundError(
-                f"{self.path.parent} holds no complete memodb store: its creation was cut off; create it again"
-            )
+            raise self._cut_off()
         try:
             version, settings = parse_settings(text, FORMAT)
         except ValueError as error:
@@ -122,6 +123,12 @@ class Catalog:
                 "memodb that wrote it to copy it"
             )
         return settings
+
+    def _cut_off(self) -> StoreNotFoundError:
+        return StoreNotFoundError(
+            f"{self.path.parent} holds no complete memodb store: its creation was cut off, so create it again (or, if "
+            "there were records, restore the catalog from a copy)"
+        )
 
     def _write_settings(self, settings: dict[str, Any], backend_state: bytes | None) -> None:
         with self._env.write() as txn:
@@ -150,6 +157,8 @@ class Catalog:
         most = os.stat(self._data).st_size // ROW.itemsize
         if next_id > most or live > next_id:
             raise damaged(COUNTERS, self.path, f"{live} records live of {next_id}, and at most {most} can be in it")
+        if not 0 < sequence < _MOST_SEQUENCE or namespace > _MOST_NAMESPACES:
+            raise damaged(COUNTERS, self.path, f"journal entry {sequence} is the next, namespace {namespace}")
         return next_id, live, sequence, namespace
 
     def counters(self) -> tuple[int, int]:
@@ -170,9 +179,12 @@ class Catalog:
         for raw_key, raw in scan(txn, BLOCKS):
             block = number_in(_BLOCK_KEY, BLOCKS, raw_key, self.path)
             rows = unpack(raw, block, self.path)
-            beyond = block * BLOCK + np.flatnonzero(rows["state"] == LIVE)[-1:]
-            if beyond.size and beyond[0] >= next_id:
-                raise damaged(COUNTERS, self.path, f"the next id is {next_id}, but there is a record {beyond[0]}")
+            alive = np.flatnonzero(rows["state"] == LIVE)
+            if len(alive) and block * BLOCK + int(alive[-1]) >= next_id:
+                beyond = block * BLOCK + int(alive[-1])
+                raise damaged(COUNTERS, self.path, f"the next id is {next_id}, but there is a record {beyond}")
+            if block * BLOCK >= next_id:  # tombstones of a copy under way
+                continue
             yield block, rows
 
     def _counts(self, txn: lmdb.Transaction) -> dict[int, tuple[int, int]]:
@@ -304,6 +316,20 @@ class Catalog:
         with self._env.read() as txn:
             counts = self._counts(txn)
             return {name: counts.get(number, (0, 0))[1] for name, number in self._names_in(txn)}
+
+    def nameless(self, rows: Rows) -> list[int]:
+        """Return the numbers of namespaces that rows are in and no name stands for, or that two names stand for.
+
+        Raises
+        ------
+        CorruptionError
+            If a name is damaged.
+        """
+        with self._env.read() as txn:
+            numbers = np.array([number for _, number in self._names_in(txn)], np.int64)
+        known, times = np.unique(numbers, return_counts=True)
+        lost = np.setdiff1d(np.unique(rows["namespace"]).astype(np.int64), known)
+        return sorted([*known[times > 1].tolist(), *lost.tolist()])
 
     def names_of(self, numbers: np.ndarray[Any, Any]) -> list[str]:
         """Return the name of each namespace number."""

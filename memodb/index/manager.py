@@ -190,7 +190,12 @@ class IndexSet:
         from memodb.index.factory import checked_factory
         from memodb.index.faiss import FaissIndex  # faiss takes a while to import: only when something is searched
 
-        checked_factory(self._factory, self._dim)  # some kill the process, and settings may be made up
+        try:
+            checked_factory(self._factory, self._dim)  # some kill the process, and settings may be made up
+        except InvalidOptionError as error:
+            raise InvalidOptionError(
+                f"{self._path.parent} cannot be searched: {error}; choose another with reindex(index=...)"
+            ) from error
         return FaissIndex(self._dim, self._factory)
 
     def _file(self, number: int) -> Path:

@@ -1,4 +1,4 @@
-"""Damaged copies of a store, each judged in a process of its own: a signal or a hang is a result, not the end of the run.
+"""Damaged copies of a store, each judged in a process of its own: a signal or a hang is a result, not the run's end.
 
 A `Court` is a child process that imported everything and forks for each case (see judge.py). A test says what harm is
 done to which file; what comes back tells what a reader, and then a writer, saw.

@@ -137,6 +137,8 @@ def look(path: Path, expected: Any) -> dict[str, Any]:
             if found.ids[:, 0].tolist() != ids.tolist() or found.distances.any():
                 wrong.append("other neighbours")
             db.stats()
+        except memodb.InvalidOptionError:  # an index of the settings that cannot serve
+            raise
         except memodb.MemoDBError as error:
             if not problems:
                 wrong.append(f"verify finds nothing, but: {type(error).__name__}: {error}")
@@ -161,6 +163,8 @@ def change(path: Path, expected: Any) -> dict[str, Any]:
 def judged(path: Path, expected: Any, work: Any) -> dict[str, Any]:
     try:
         return dict(work(path, expected))
+    except (memodb.InvalidRecordError, memodb.InvalidKeyError) as error:  # settings may make records others
+        return {"outcome": "refused", "error": type(error).__name__}
     except memodb.MemoDBError as error:
         place = str(path) in str(error) and len(str(error)) < 2000
         notes = [] if place else [f"names no place, or says too much: {str(error)[:2000]}"]

@@ -51,7 +51,7 @@ def test_truncated(stores, judge, backend):
         if not file.startswith("catalog")
         for size in sizes(store / file)
     ]
-    verdicts = require(judge.all(store, some(cases, 12, backend), writer=True))
+    verdicts = require(judge.all(store, some(cases, 5, backend), writer=True))
     # Nothing lives in a segment's last places, nor in the files of deleted records.
     assert {"named", "refused"} & {v.outcome for v in verdicts}
     effort.report("corruption", truncations=len(verdicts))
@@ -70,7 +70,7 @@ def test_a_longer_file_is_no_harm(stores, judge, backend):
 def test_removed_or_no_file(stores, judge, backend):
     store = stores[backend]
     cases = [{"kind": kind, "file": file} for file in files(store) for kind in ("remove", "directory")]
-    verdicts = require(judge.all(store, some(cases, 8, backend), writer=True))
+    verdicts = require(judge.all(store, some(cases, 5, backend), writer=True))
     assert sum(v.outcome == "right" for v in verdicts) <= 4  # files of the two deleted records
 
 
@@ -84,7 +84,7 @@ def test_bits_flipped_in_files(stores, judge, backend):
     if not named:
         pytest.skip("its files are LMDB's: see test_corruption_catalog.py")
     cases = []
-    for _ in range(effort.count(25, 700)):
+    for _ in range(effort.count(12, 700)):
         file = draw.choice(named)
         size = (store / file).stat().st_size
         at = draw.randrange(min(size, 64)) if draw.random() < 0.4 else draw.randrange(size)

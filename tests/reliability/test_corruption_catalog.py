@@ -54,7 +54,7 @@ def deep(path):
 
 
 def places(page: bytes, draw: random.Random) -> list[int]:
-    """Return offsets in a page where damage leads LMDB astray: header, node offsets, node headers, keys; and one more."""
+    """Return offsets where damage leads LMDB astray: header, node offsets, node headers, keys; and one more."""
     flags, lower = struct.unpack_from("<HH", page, 10)
     anywhere = draw.randrange(PAGE)
     if flags == META:
@@ -83,14 +83,14 @@ def flips(file, name: str, quick: int) -> list[dict]:
 def test_bits_flipped_in_the_catalog_s_pages(stores, judge, backend):
     """Metas, branch, leaf and overflow pages, the free list: what readers, then a writer, make of it."""
     name = "catalog/data.mdb"
-    cases = flips(stores[backend] / name, name, 60)
+    cases = flips(stores[backend] / name, name, 25)
     verdicts = require(judge.all(stores[backend], cases, writer=True))
     effort.report("corruption", catalog_flips=len(verdicts), **{f"catalog_{o}": n for o, n in tally(verdicts).items()})
 
 
 def test_bits_flipped_in_pages_of_records(stores, judge):
     name = "values/00000001/data.mdb"
-    verdicts = require(judge.all(stores["lmdb"], flips(stores["lmdb"] / name, name, 60), writer=True))
+    verdicts = require(judge.all(stores["lmdb"], flips(stores["lmdb"] / name, name, 25), writer=True))
     effort.report("corruption", record_page_flips=len(verdicts))
 
 
@@ -99,7 +99,7 @@ def test_an_lmdb_file_cut_short(stores, judge, backend, name):
     size = (stores[backend] / name).stat().st_size
     sizes = sorted({0, 1, 15, 200, size - 1, *(p + by for p in range(0, size, PAGE) for by in (-1, 0, 1))} - {-1, size})
     cases = [{"kind": "truncate", "file": name, "size": s} for s in sizes if 0 <= s < size]
-    cases = cases if effort.is_long() else [*cases[:5], *random.Random(0).sample(cases, 8), cases[-1]]
+    cases = cases if effort.is_long() else [*cases[:3], *random.Random(0).sample(cases, 4), cases[-1]]
     require(judge.all(stores[backend], cases, writer=True))
 
 
@@ -203,14 +203,18 @@ def test_settings_that_somebody_made_up(stores, judge):
     texts += [b"", b"{", b"[]", b"null", b"7", b"[" * 10_000, b'{"a":' * 10_000, b"\xff\xfe", b" " * (2 << 20)]
     texts += [json.dumps({name: kept[name] for name in kept if name != left}).encode() for left in kept]
     texts.append(json.dumps(kept).replace("1024", "9" * 5000).encode())
+    texts = texts if effort.is_long() else random.Random(0).sample(texts, 24)
     verdicts = require(judge.judge(store, made_up(SETTINGS, text), writer=True) for text in texts)
-    outcomes = dict(zip(map(str, SETTINGS_CHANGES), verdicts, strict=False))
-    for version in (2, 0):
-        assert outcomes[str({"format": version})].error == "FormatVersionError"
-    right = [change for change, verdict in outcomes.items() if verdict.outcome == "right"]
-    # An index is derived: where keys are few, whatever it is called makes no difference.
-    assert all("copied" in change or "index" in change for change in right), right
+    assert all(v.outcome != "right" for v in verdicts)
     effort.report("corruption", made_up_values=len(verdicts))
+
+
+@pytest.mark.parametrize("version", [2, 0])
+def test_a_newer_and_an_older_format(stores, judge, version):
+    for name in ("arena", "zarr"):
+        text = json.dumps({**settings_of(stores[name]), "format": version}).encode()
+        verdict = judge.judge(stores[name], made_up(SETTINGS, text), writer=True)
+        assert (verdict.outcome, verdict.error) == ("refused", "FormatVersionError")
 
 
 def test_options_of_the_other_backends_that_somebody_made_up(stores, judge):
@@ -239,7 +243,7 @@ def test_options_of_the_other_backends_that_somebody_made_up(stores, judge):
     verdicts = []
     for backend, each in changes.items():
         kept = settings_of(stores[backend])
-        for change in each:
+        for change in each if effort.is_long() else each[:6]:
             text = json.dumps({**kept, "options": {**kept["options"], **change}}).encode()
             verdicts.append(judge.judge(stores[backend], made_up(SETTINGS, text), writer=True))
     require(verdicts)
@@ -326,6 +330,7 @@ def test_numbers_that_somebody_made_up(stores, judge):
         made_up(JOURNAL + struct.pack(">IQ", 0, 1), b"", sealed=False),
         made_up(JOURNAL + struct.pack(">IQ", 0, 1), None),
     ]
+    cases = cases if effort.is_long() else random.Random(0).sample(cases, 30)
     verdicts = [judge.judge(store, case, writer=True) for case in cases]
     # Whoever may write the catalog may take a record's row for another one's: that is no damage that can be told.
     bad = [v for v in verdicts if not v.acceptable and v.outcome != "wrong"]
@@ -339,7 +344,7 @@ def test_a_backend_s_state_that_somebody_made_up(stores, judge, backend):
     kept = unseal(BACKEND, catalog_of(store)[BACKEND], store)
     draw = random.Random(backend)
     states = [b"", kept[:-1], kept + b"\0", b"\xff" * len(kept), b"\0" * len(kept), kept[:8], kept * 2]
-    for _ in range(effort.count(10, 300)):
+    for _ in range(effort.count(4, 300)):
         changed = bytearray(kept)
         at = draw.randrange(0, len(kept), 4)
         changed[at : at + 4] = draw.choice([b"\xff\xff\xff\xff", b"\0\0\0\0", b"\0\0\0\x80", draw.randbytes(4)])
