@@ -14,6 +14,7 @@ import effort
 import lmdb
 import numpy as np
 import pytest
+import test_kill
 from programs import private_mount, run_program
 from test_conformance import SETTINGS
 from test_kill import WRITER, acknowledged_until_killed, check, matches
@@ -481,7 +482,7 @@ def test_killed_writer(folder):
     done = -1
     for _ in range(KILLS):
         with subprocess.Popen(
-            [sys.executable, "-c", WRITER, str(path), str(done + 1), os.path.dirname(__file__)],
+            [sys.executable, "-c", WRITER, str(path), str(done + 1), os.path.dirname(test_kill.__file__)],
             stdout=subprocess.PIPE,
             bufsize=0,
         ) as process:
