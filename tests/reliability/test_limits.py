@@ -136,6 +136,7 @@ with memodb.MemoDB.create(path, shape=SHAPE, dtype=DTYPE, key_dim=2, backend=bac
         except memodb.MemoDBError as error:
             assert isinstance(error, memodb.StoreFullError), repr(error)
     del held[:]
+    memodb.gather_limits(idle_bytes=64 << 20)  # what stays warm for the next batch goes by the machine's memory
     check(db.multiget(ids), ids, ids)
     db.delete(ids[::2])
     db.compact()
