@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import resource
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -192,6 +193,7 @@ class Environment:
         size = self.kind.map_bytes
         with suppress(FileNotFoundError):
             size = max(size, _MAP_PER_FILE * (self.path / "data.mdb").stat().st_size)
+        size = min(size, self._granted())
         while True:
             try:
                 with self._translated():
@@ -266,6 +268,15 @@ class Environment:
             f"{self.path / 'lock.mdb'} names a transaction that {self.path / 'data.mdb'} does not have: one of them is "
             "damaged; close the store in all processes and open it again, or restore it from a copy"
         )
+
+    def _granted(self) -> int:
+        """Return the largest map that leaves most of a limited address space (RLIMIT_AS) to everybody else."""
+        limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+        if limit == resource.RLIM_INFINITY:
+            return 1 << 62
+        file = self.path / "data.mdb"
+        needed = 2 * file.stat().st_size if file.exists() else 0
+        return max(_MIN_MAP_SIZE, limit // 8, needed)
 
     def _translated(self) -> AbstractContextManager[None]:
         return translated(self.kind.noun, self.path, self.kind.when_full)
