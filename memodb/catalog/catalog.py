@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import stat
 import struct
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -69,10 +70,15 @@ class Catalog:
     def __init__(self, path: Path, *, create_with: dict[str, Any] | None = None) -> None:
         self.path = path
         self._data = os.fspath(path / "data.mdb")
-        if create_with is None and not os.path.lexists(path / "data.mdb"):
-            raise StoreNotFoundError(f"{path.parent} holds no memodb store; memodb.MemoDB.create makes one")
-        if create_with is None and os.stat(self._data).st_size == 0:
-            raise self._cut_off()
+        if create_with is None:
+            try:
+                found = os.lstat(self._data)  # what is no file is the environment's to refuse
+            except FileNotFoundError:
+                raise StoreNotFoundError(
+                    f"{path.parent} holds no memodb store; memodb.MemoDB.create makes one"
+                ) from None
+            if stat.S_ISREG(found.st_mode) and found.st_size == 0:
+                raise self._cut_off()
         self._env = Environment.acquire(path, create=create_with is not None)
         self._names: dict[str, int] = {}
         self._settings_seen = -1

@@ -122,12 +122,14 @@ def test_an_index_of_something_else(saved, caplog, shm):
 
 
 def test_a_directory_in_its_place(saved, caplog):
+    """No damage does that, so it is refused like everything that somebody put there; without it all is well."""
     path, file = saved
     whole = file.read_bytes()
     file.unlink()
     file.mkdir()
     try:
-        require_rebuilt(path, caplog)
+        with pytest.raises(memodb.UnsafePathError, match=file.name):
+            require_rebuilt(path, caplog)
     finally:
         file.rmdir()
         file.write_bytes(whole)
