@@ -105,8 +105,9 @@ class PageGuard:
                         f"it is {size} bytes long, its pages reach to byte {(newest.last + 1) * nbytes}: it was "
                         "truncated"
                     )
-                if max(newest.free.root, newest.main.root) > newest.last:
-                    raise Damage(f"meta page {newest.transaction & 1} names a root beyond its last page")
+                for meta in (first, second):  # a reader may read the older one
+                    if max(meta.free.root, meta.main.root) > meta.last:
+                        raise Damage(f"meta page {meta.transaction & 1} names a root beyond its last page")
                 return first, second
             except (Damage, FormatVersionError) as error:
                 last_error = error
@@ -248,7 +249,8 @@ class PageGuard:
             found.lengths.append(np.ones(count, np.int64))
 
     def _read(self, meta: Meta, number: int, count: int) -> bytes:
-        page = os.pread(self._fd, count * meta.page_bytes, number * meta.page_bytes)
+        at = number * meta.page_bytes
+        page = os.pread(self._fd, count * meta.page_bytes, at) if at < 1 << 62 else b""
         if len(page) < count * meta.page_bytes:
             raise Damage(f"page {number} lies beyond the end of the file")
         return page
