@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import os
 import secrets
 from collections.abc import Callable, Sequence
@@ -258,9 +257,12 @@ class MemoDB(Handle):
             raise
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # A path, a mode and two options: whoever unpickles it opens the store by the rules of `open`.
-        reopen = functools.partial(MemoDB.open, verify=self._checks.mode, owner=self._owner)
-        return reopen, (os.fspath(self._path), "r")
+        # A path and two options: whoever unpickles it opens the store by the rules of `open`.
+        return MemoDB._reopened, (os.fspath(self._path), self._checks.mode, self._owner)
+
+    @classmethod
+    def _reopened(cls, path: str, verify: Verify, owner: int | str | None) -> Self:
+        return cls.open(path, verify=verify, owner=owner)
 
     # --- writing ---
 

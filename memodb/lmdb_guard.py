@@ -247,7 +247,8 @@ class PageGuard:
             found.lengths.append(np.ones(count, np.int64))
 
     def _read(self, meta: Meta, number: int, count: int) -> bytes:
-        page = os.pread(self._fd, count * meta.page_bytes, number * meta.page_bytes)
+        at = number * meta.page_bytes
+        page = os.pread(self._fd, count * meta.page_bytes, at) if at < 1 << 62 else b""
         if len(page) < count * meta.page_bytes:
             raise Damage(f"page {number} lies beyond the end of the file, which was truncated")
         return page

@@ -23,7 +23,7 @@ from memodb import vm
 from memodb.backends import dax
 from memodb.backends.base import Locators, Usage, ValueBackend, Values, Victim, require_options, take_options
 from memodb.backends.pages import note
-from memodb.backends.place import Place, is_writable_directory, own_directory, require_outside, require_own
+from memodb.backends.place import Place, is_writable_directory, own_directory, require_outside
 from memodb.backends.segment import SegmentFile
 from memodb.errors import CorruptionError
 from memodb.extents import Extents
@@ -95,7 +95,6 @@ class ArenaBackend(ValueBackend):
         self._lock = threading.RLock()
         if writable:
             Guard.of(path.parent).make_directory(path)
-        require_own(options.get("segments_path"))
         self._place = Place(path, options.get("segments_path"))
         self._system = self._place.system
         self._unit = max(vm.HUGE, self._system.page)

@@ -15,7 +15,6 @@ from memodb.safe import Guard, make_directory
 
 #: What `own_directory` calls a directory. Nothing else is written to, or cleared, because settings say so.
 _NAME = re.compile(r"memodb-[0-9a-f]{16}")
-
 _PREFIX = "memodb-"
 
 
@@ -66,7 +65,10 @@ class Place:
             )
         if os.path.lexists(self.directory):
             self._guard.directory(self.directory)
-            require_outside(self.directory, self._store, "segments_path")
+            try:
+                require_outside(self.directory, self._store, "segments_path")
+            except InvalidOptionError as error:
+                raise UnsafePathError(f"the settings of {self._store} cannot be followed: {error}") from error
 
     def _missing(self) -> StoreNotFoundError:
         return StoreNotFoundError(
@@ -132,20 +134,3 @@ def is_writable_directory(path: object) -> bool:
 def own_directory(segments_path: str) -> str:
     """Return the path of a directory of a new store's own in `segments_path`, so that no two stores mix."""
     return os.path.join(os.path.abspath(segments_path), f"{_PREFIX}{secrets.token_hex(8)}")
-
-
-def require_own(directory: object) -> None:
-    """Make sure that a directory from a store's settings is one that `own_directory` names.
-
-    A writer removes segments in there that no commit knows: settings that somebody made up must not lead it elsewhere.
-
-    Raises
-    ------
-    ValueError
-        If it is not.
-    """
-    if directory is None:
-        return
-    name = os.path.basename(directory) if isinstance(directory, str) and os.path.isabs(directory) else ""
-    if not re.fullmatch(f"{_PREFIX}[0-9a-f]{{16}}", name) or "\0" in str(directory):
-        raise ValueError(f"option segments_path is {str(directory)[:60]!r}, no directory that a store makes")

@@ -9,13 +9,14 @@ from __future__ import annotations
 import os
 import struct
 import sys
+from contextlib import suppress
 from typing import Any
 
 import faiss as _faiss
 import numpy as np
 
 from memodb.index.base import Distances, Ids, Keys, VectorIndex
-from memodb.index.saved import as_hnsw, as_ivf, most_bytes, read_index, require_kind
+from memodb.index.saved import as_hnsw, as_ivf, can_be_read, most_bytes, read_index, require_kind
 
 __all__ = ["EXACT_LIMIT", "FaissIndex", "most_bytes"]
 
@@ -58,8 +59,8 @@ class FaissIndex(VectorIndex):
 
     @property
     def worth_saving(self) -> bool:
-        """True once the index is more than the bare keys."""
-        return not self._exact
+        """True once the index is more than the bare keys, unless it would not be read back."""
+        return not self._exact and can_be_read(self._index)
 
     def add(self, ids: Ids, keys: Keys) -> None:
         """Add keys (see `VectorIndex.add`); builds the factory's index once there are enough."""
@@ -113,15 +114,20 @@ class FaissIndex(VectorIndex):
         distances = np.full((len(keys), k), np.inf, np.float32)
         if wanted == 0 or len(keys) == 0:
             return ids, distances
-        found, near = self._find(keys, wanted, thorough=False)
+        found, near = self._known(*self._find(keys, wanted, thorough=False))
         short = (found < 0).any(axis=1)
         if short.any():
             # A graph or inverted-list search may give up before it has k live ones; then look at everything for those
             # rows.
-            found[short], near[short] = self._find(np.ascontiguousarray(keys[short]), wanted, thorough=True)
+            again = np.ascontiguousarray(keys[short])
+            found[short], near[short] = self._known(*self._find(again, wanted, thorough=True))
         ids[:, :wanted] = np.where(found >= 0, self._ids[np.maximum(found, 0)], -1)
         distances[:, :wanted] = np.where(found >= 0, near, np.inf)
         return ids, distances
+
+    def _known(self, found: Ids, near: Distances) -> tuple[Ids, Distances]:
+        """Leave out positions that there are none of: with centroids that are NaN, faiss returns what was in memory."""
+        return np.where(found < self._n, found, -1), near
 
     def _find(self, keys: Keys, k: int, *, thorough: bool) -> tuple[Ids, Distances]:
         selector = self._dead_excluded()
@@ -148,6 +154,7 @@ class FaissIndex(VectorIndex):
         if ivf is not None:
             ivf.nprobe = ivf.nlist
         near, found = self._index.search(keys, min(self._n, k + self._n - len(self)))
+        found, near = self._known(found, near)
         dead = (found < 0) | ~self._live[np.maximum(found, 0)]
         order = np.argsort(dead, axis=1, kind="stable")[:, :k]
         found = np.where(np.take_along_axis(dead, order, 1), -1, np.take_along_axis(found, order, 1))
@@ -191,6 +198,10 @@ class FaissIndex(VectorIndex):
             made._live = np.unpackbits(packed, bitorder="little", count=n).astype(np.bool_)
             found = read_index(np.frombuffer(data, np.uint8, offset=at + len(packed)))
             target = faiss.IndexFlatL2(key_dim) if exact else made._target()
+            # Written and read as well: what faiss reads is of other classes here and there than what it made. (It
+            # does not read some that are not trained yet; of those the classes are the same.)
+            with suppress(RuntimeError):
+                target = read_index(faiss.serialize_index(target))
             require_kind(found, target, n)
         except (struct.error, RuntimeError, ValueError) as error:
             raise ValueError(f"not a saved index: {error}") from error

@@ -75,6 +75,11 @@ _limits = threading.Lock()
 os.register_at_fork(after_in_child=_after_fork_in_child)
 
 
+def can_be_read(index: Any) -> bool:
+    """Tell whether an index of this kind can be looked through: faiss' packed ones (fast scan) end the process."""
+    return not any("FastScan" in type(part).__name__ for part in _parts(index))
+
+
 def require_kind(found: Any, target: Any, n: int) -> None:
     """Make sure that an index is one of `n` keys, of the kind that `target` is, and points nowhere outside.
 
@@ -85,6 +90,8 @@ def require_kind(found: Any, target: Any, n: int) -> None:
     """
     if found.ntotal != n or found.d != target.d:
         raise ValueError(f"an index of {found.ntotal} keys of width {found.d}, expected {n} of width {target.d}")
+    if not can_be_read(found):
+        raise ValueError("its kind is not read back")
     here, there = list(_parts(found)), list(_parts(target))
     if [type(part) for part in here] != [type(part) for part in there]:
         names = [" of ".join(type(part).__name__ for part in parts) for parts in (here, there)]

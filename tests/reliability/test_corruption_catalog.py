@@ -18,6 +18,8 @@ from memodb.catalog import journal
 from memodb.catalog.rows import BLOCK, ROW, _sum, block_key
 from memodb.catalog.tables import BACKEND, COUNTERS, COUNTS, JOURNAL, NAMES, SETTINGS, unseal
 from memodb.checksum import crc32c
+from memodb.lmdb_guard import PageGuard
+from memodb.lmdb_meta import META_BYTES, SEAL_AT
 
 PAGE = 4096
 HEADER = 16
@@ -122,6 +124,23 @@ def test_pages_swapped_and_written_anew(stores, judge, backend):
         verdicts.append(judge.judge(stores[backend], harm, writer=True))
     require(verdicts)
     effort.report("corruption", pages_replaced=len(verdicts))
+
+
+@pytest.mark.parametrize("meta", [0, 1])
+def test_a_root_beyond_the_file_without_a_seal(stores, meta):
+    """Found by fuzzing: the older of two meta pages is read as well. (A writer may be killed before it seals.)"""
+    data = bytearray((stores["arena"] / "catalog" / "data.mdb").read_bytes())
+    tail = meta * PAGE + META_BYTES - 16  # behind the root of the main tree
+    data[tail - 8 : tail] = struct.pack("<Q", 1 << 63)
+    data[meta * PAGE + SEAL_AT : meta * PAGE + SEAL_AT + 24] = bytes(24)
+    fd = os.memfd_create("pages")
+    os.write(fd, data)
+    guard = PageGuard(fd, "the catalog")
+    try:
+        with pytest.raises(memodb.CorruptionError, match="root beyond"):
+            guard.metas()
+    finally:
+        guard.close()
 
 
 # --- values that somebody made up, with right checksums ---

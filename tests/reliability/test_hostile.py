@@ -432,8 +432,8 @@ def test_measured_costs_are_not_read_from_anything(shm, monkeypatch, what):
     assert "calibration.json" in run_program(shm, GATHER, timeout=DEADLINE)
 
 
-def test_a_pickled_handle_holds_a_path_and_a_mode(make, path):
+def test_a_pickled_handle_holds_a_path_and_how_to_open_it(make, path):
     with make() as db:
         names = [argument for _, argument, _ in pickletools.genops(pickle.dumps(db)) if isinstance(argument, str)]
-    imported = ["builtins", "getattr", "memodb.database", "MemoDB", "open"]
-    assert [name for name in names if name != str(path)] == [*imported, "r"]
+    imported = ["builtins", "getattr", "memodb.database", "MemoDB", "_reopened"]
+    assert [name for name in names if name != str(path)] == [*imported, "never"]

@@ -2,8 +2,8 @@
 
     python parsers.py FOLDER [libFuzzer's options ...]
 
-The first byte of an input says which parser gets the rest, with a right checksum put before it where one is. Only errors
-of memodb's may come out; libFuzzer watches memory and time. FOLDER gets the stores that seeds are taken from.
+The first byte of an input says which parser gets the rest, with a right checksum where there is one. Only errors of
+memodb's may come out; libFuzzer watches memory and time. FOLDER gets the stores that seeds are taken from.
 """
 
 from __future__ import annotations
