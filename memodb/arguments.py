@@ -37,7 +37,7 @@ def as_ids(ids: Any) -> Ids:
         return ids
     if isinstance(ids, np.ma.MaskedArray):
         raise InvalidIdError("ids are a masked array, whose mask would be ignored; pass ids.compressed()")
-    if isinstance(ids, (str, bytes, bool, np.bool_)):
+    if isinstance(ids, (str, bytes, bool, np.bool_, Mapping)):
         raise InvalidIdError(f"ids must be integers, found {type(ids).__name__} {ids!r}")
     if isinstance(ids, (int, np.integer)):
         raise InvalidIdError(f"ids must be a sequence of integers, found the single number {ids}; pass [{ids}]")
