@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+import memodb
+
 
 def run_program(folder: Path, text: str, *arguments: Any, wrapper: tuple[str, ...] = (), timeout: float = 180) -> str:
     """Run a Python program from a file in `folder` and return what it printed.
@@ -59,3 +61,13 @@ def private_mount(at: Path, kind: str, options: str) -> tuple[str, ...]:
         except (OSError, subprocess.TimeoutExpired) as error:
             refused.append(str(error))
     pytest.skip(f"this user cannot mount a {kind} with {options}: {'; '.join(refused)}")
+
+
+def gather_and_tell(db, answers):
+    """Gather record 4 of a handle that came from another process, and tell how that went."""
+    try:
+        db.multiget([4])
+    except memodb.CorruptionError as error:
+        answers.put(str(error))
+    else:
+        answers.put("read")

@@ -6,6 +6,7 @@ import pickle
 import numpy as np
 import pytest
 from conftest import SHARED
+from programs import gather_and_tell
 
 import memodb
 from memodb.testing import random_records
@@ -114,15 +115,6 @@ def test_sound_records_pass_on_every_backend(path, backend, dtype):
             assert reader.stats()["records_checked"] == 4
 
 
-def _mode_of_child(db, answers):
-    try:
-        db.multiget([4])
-    except memodb.CorruptionError as error:
-        answers.put(str(error))
-    else:
-        answers.put("read")
-
-
 @pytest.mark.parametrize("method", ["fork", "spawn"])
 @pytest.mark.filterwarnings("ignore:.*use of fork.*:DeprecationWarning")
 def test_the_choice_goes_along_into_another_process(store, method):
@@ -130,7 +122,7 @@ def test_the_choice_goes_along_into_another_process(store, method):
         assert pickle.loads(pickle.dumps(db)).stats()["verify"] == "always"
         context = multiprocessing.get_context(method)
         answers = context.Queue()
-        child = context.Process(target=_mode_of_child, args=(db, answers))
+        child = context.Process(target=gather_and_tell, args=(db, answers))
         child.start()
         assert "record 4" in answers.get(timeout=120)
         child.join()
