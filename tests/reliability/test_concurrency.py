@@ -38,7 +38,7 @@ def test_every_page_that_readers_see_is_stamped(readers, shm, shared_backend):
         for seed, reader in enumerate(readers):
             reader.tell("watch", path=str(shm / "store"), until=str(until), seed=seed)
         try:
-            for _ in effort.rounds(48, 0.05):
+            for _ in effort.rounds(48, 0.025):
                 writer.turn()
                 if any(reader.answered() for reader in readers):
                     break  # one failed; it says how
@@ -126,7 +126,7 @@ def test_a_reader_killed_in_a_transaction_does_not_make_the_catalog_grow_for_eve
             reader.kill()
         writer.turn(keep=48)
         before = folder_bytes(shm / "store" / "catalog")
-        for _ in range(effort.count(300, 4000)):
+        for _ in range(effort.count(300, 1500)):
             writer.turn(keep=48)
         after = folder_bytes(shm / "store" / "catalog")
         assert after < 2 * before + (4 << 20), f"from {before} to {after} bytes"
@@ -234,7 +234,7 @@ def test_eight_threads_gather_release_and_close_under_each_other(shm, backend):
         def work(seed):
             random = np.random.default_rng(seed)
             held, mine = [], dict.fromkeys(figures, 0)
-            for _ in range(effort.count(40, 2000)):
+            for _ in range(effort.count(40, 600)):
                 place = random.integers(0, 3)
                 wanted = random.integers(0, 64, random.integers(1, 32))
                 try:

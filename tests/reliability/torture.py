@@ -1,7 +1,7 @@
 """``make torture MINUTES=30``: all of the reliability tests, for so long, and what they did, summed up.
 
-Prints pytest's output and then a table: kills, faults by kind, flips, inputs, gathers. The figures are also written as
-JSON (``--json FILE``).
+As many files of tests as there are processors run side by side. Prints what pytest says of each, and then a table:
+kills, faults by kind, flips, inputs, gathers. The figures are also written as JSON (``--json FILE``).
 """
 
 from __future__ import annotations
@@ -13,10 +13,13 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
+#: Begun first, so that nobody waits for them alone at the end.
+LONGEST = ("test_concurrency", "test_corruption_catalog", "test_faults", "test_kill")
 
 
 def summed(lines: list[str]) -> dict[str, dict[str, Any]]:
@@ -47,8 +50,20 @@ def main() -> int:
             "MEMODB_TORTURE_MINUTES": str(given.minutes),
             "MEMODB_TORTURE_REPORT": str(report),
         }
-        command = [sys.executable, "-m", "pytest", "--durations=15", str(HERE), *given.pytest]
-        status = subprocess.run(command, env=environment).returncode
+        command = [sys.executable, "-m", "pytest", "-q", "--durations=5", "-p", "no:cacheprovider", *given.pytest]
+        command += ["-o", "faulthandler_timeout=3600"]
+
+        def run(file: Path) -> int:
+            started = time.monotonic()
+            done = subprocess.run(
+                [*command, str(file)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+            )
+            print(f"== {file.name}: {time.monotonic() - started:.0f} s\n{done.stdout}", flush=True)
+            return done.returncode
+
+        files = sorted(HERE.glob("test_*.py"), key=lambda file: (file.stem not in LONGEST, file.stem))
+        with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+            status = max(pool.map(run, files))
         figures = summed(report.read_text().splitlines())
     minutes = (time.monotonic() - began) / 60
     print(f"\n{'what':24} {'figure':36} {'':>12}")
