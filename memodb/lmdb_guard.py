@@ -28,6 +28,7 @@ from memodb.lmdb_meta import (
     Damage,
     Meta,
     Tree,
+    is_overtaken,
     pack_seal,
     page_size,
     parse_meta,
@@ -81,13 +82,13 @@ class PageGuard:
 
     # --- meta pages ---
 
-    def metas(self) -> tuple[Meta, Meta]:
-        """Return what the two meta pages say.
+    def metas(self) -> list[Meta]:
+        """Return what the two meta pages say; only the newest, where the other one is damaged but overtaken.
 
         Raises
         ------
         CorruptionError
-            If one is damaged.
+            If one is damaged that LMDB may go by.
         FormatVersionError
             If another version of LMDB wrote the file.
         """
@@ -98,14 +99,26 @@ class PageGuard:
                 nbytes = page_size(head)
                 pages = [os.pread(self._fd, nbytes, number * nbytes) for number in (0, 1)]
                 held = os.fstat(self._fd).st_size // nbytes
-                first, second = (parse_meta(page, i, nbytes, held, self._name) for i, page in enumerate(pages))
-                return first, second
+                return self._sound(pages, held)
             except (Damage, FormatVersionError) as error:
                 last_error = error
                 time.sleep(0.001 * look)
         if isinstance(last_error, FormatVersionError):
             raise last_error
         raise self._damaged(last_error)
+
+    def _sound(self, pages: list[bytes], held: int) -> list[Meta]:
+        found: list[Meta] = []
+        damaged: list[tuple[bytes, Damage]] = []
+        for number, page in enumerate(pages):
+            try:
+                found.append(parse_meta(page, number, len(pages[0]), held, self._name))
+            except Damage as damage:
+                damaged.append((page, damage))
+        for page, damage in damaged:
+            if not (found and found[0].sealed and is_overtaken(page, found[0].transaction)):
+                raise damage
+        return found
 
     def seal(self, transaction: int) -> None:
         """Seal the meta page that a transaction, just committed, was written to."""
@@ -183,6 +196,8 @@ class PageGuard:
             if known is None:
                 page = Page(self._read(meta, number, 1), number, meta, leaf=leaf)
                 page.check_keys(low, high)
+                if leaf:
+                    page.large()  # LMDB hands out as much as a node says that its value has
                 self._good.add(number)
                 if leaf:
                     return

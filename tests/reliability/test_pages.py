@@ -3,6 +3,7 @@
 import os
 import random
 import struct
+from collections import Counter
 
 import effort
 import lmdb
@@ -124,7 +125,8 @@ def metas(file):
 def test_a_flipped_bit_of_a_meta_page_is_told_or_harmless(store, mode):
     """Every bit of what LMDB writes there: the one that names the newest tree, and the one before."""
     file = data_of(store)
-    sound, told, expected = file.read_bytes(), 0, None
+    sound, told, expected = file.read_bytes(), Counter(), None
+    newest = max(metas(file)).transaction & 1
     with memodb.MemoDB.open(store) as db:
         expected = db.ids().tolist()
     places = range(META_BYTES) if effort.is_long() else random.Random(1).sample(range(META_BYTES), 20)
@@ -136,10 +138,28 @@ def test_a_flipped_bit_of_a_meta_page_is_told_or_harmless(store, mode):
                     with memodb.MemoDB.open(store, mode=mode) as db:
                         assert db.ids().tolist() == expected
                 except (memodb.CorruptionError, memodb.FormatVersionError):
-                    told += 1
+                    told[page] += 1
                 file.write_bytes(sound)
-    assert told > len(places)
+    assert told[newest] > len(places) // 2
     effort.report("flips", meta_bits=2 * len(places) * (8 if effort.is_long() else 1))
+
+
+def test_a_commit_whose_meta_page_could_not_be_written_leaves_a_sound_store(store):
+    """LMDB puts the older transaction's number back and leaves the rest of the page as it came (mdb_env_write_meta)."""
+    file = data_of(store)
+    newest = max(metas(file)).transaction & 1
+    trees = 16 + 24  # behind the header, and magic, version, address and size of the map
+    change(file, (1 - newest) * PAGE + trees, file.read_bytes()[newest * PAGE + trees : newest * PAGE + trees + 96])
+    assert [meta.transaction & 1 for meta in metas(file)] == [newest]
+    with memodb.MemoDB.open(store) as db:
+        expected = db.ids().tolist()
+    with memodb.MemoDB.open(store, mode="r+") as db:
+        assert db.ids().tolist() == expected
+        expected += db.put(np.zeros((1, 4), "float32"), keys=np.zeros((1, 100), "float32")).tolist()
+    assert len(metas(file)) == 2, "the next commit writes it anew"
+    with memodb.MemoDB.open(store) as db:
+        assert db.ids().tolist() == expected
+        assert db.verify() == []
 
 
 def test_a_meta_page_that_says_less_than_was_sealed_is_told(store):
@@ -215,6 +235,30 @@ def test_a_large_tree_is_checked_on_the_way_to_each_key(store, monkeypatch):
         change(file, page * PAGE, sound[page * PAGE : (page + 1) * PAGE])
     assert met
     assert unmet
+
+
+def test_a_value_longer_than_the_file_is_told_on_the_way_to_its_key(disk, monkeypatch):
+    """LMDB hands out as many bytes as a node says, be they beyond the end of the file: a SIGBUS for who reads them."""
+    monkeypatch.setattr(lmdb_guard, "CHECKED_AT_OPEN", 0)
+    path = disk / "store"
+    with memodb.MemoDB.create(path, shape=(4,), dtype="float32") as db:
+        db.put(np.zeros((2000, 4), "float32"))
+    file = data_of(path)
+    sound, changed = file.read_bytes(), 0
+    key = b"b" + bytes(8)
+    for at in range(0, len(sound), 2):  # its node: size, size, flags, bytes of the key, key
+        if sound[at + 8 : at + 8 + len(key)] == key and sound[at + 4 : at + 8] == b"\1\0\x09\0":
+            change(file, at + 3, bytes([sound[at + 3] | 0x40]))
+            changed += 1
+    assert changed
+    guard, env = guard_of(path / "catalog"), lmdb.open(str(path / "catalog"), readonly=True)
+    with env, env.begin() as txn:
+        meta = guard.snapshot(txn.id())
+        with pytest.raises(memodb.CorruptionError, match="beyond the last page"):
+            guard.check_path(meta, key)
+    guard.close()
+    with pytest.raises(memodb.CorruptionError, match="beyond the last page"), memodb.MemoDB.open(path) as db:
+        db.multiget([5])
 
 
 def test_readers_of_a_large_tree_beside_a_writer(store, peer, monkeypatch):
