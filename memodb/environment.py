@@ -560,8 +560,13 @@ class Environment:
                         raise
                 self._set_map(2 * int(self.handle.info()["map_size"]))
 
-    def settle(self) -> None:
+    def settle(self, *, checks: bool = False) -> None:
         """Let readers see what the file holds, before a writer goes by what they see.
+
+        Parameters
+        ----------
+        checks
+            Check all pages, as before the first write: for who goes through all of them next, so that it is done once.
 
         LMDB commits by writing a page, and then tells readers of it in the lock file. A writer that is killed between
         the two leaves a commit on the disk that nobody sees as long as another process keeps the lock file, and that
@@ -569,10 +574,13 @@ class Environment:
         """
         with self._write_gate, self._translated(), suppress(lmdb.ReadonlyError):
             try:
-                self.handle.begin(write=True).abort()
+                txn = self.handle.begin(write=True)
             except lmdb.MapResizedError:
                 self._set_map(0)
-                self.handle.begin(write=True).abort()
+                txn = self.handle.begin(write=True)
+            with txn:  # empty, so there is nothing to commit
+                if checks:
+                    self._look_before_writing(txn.id())
 
     def flush(self) -> None:
         """Make everything committed durable, whatever `Kind.sync` and `Kind.metasync` say."""

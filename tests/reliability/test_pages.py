@@ -1,5 +1,6 @@
 """LMDB's pages are checked before LMDB follows them: what is sound passes, what is damaged is told (`lmdb_guard`)."""
 
+import itertools
 import os
 import random
 import struct
@@ -14,7 +15,8 @@ import memodb
 from memodb import lmdb_guard
 from memodb.environment import Environment
 from memodb.lmdb_guard import PageGuard
-from memodb.lmdb_meta import META_BYTES, SEAL_AT
+from memodb.lmdb_meta import META_BYTES, SEAL_AT, Damage
+from memodb.lmdb_pages import Page, sound_leaves
 
 PAGE = 4096
 
@@ -259,6 +261,54 @@ def test_a_value_longer_than_the_file_is_told_on_the_way_to_its_key(disk, monkey
     guard.close()
     with pytest.raises(memodb.CorruptionError, match="beyond the last page"), memodb.MemoDB.open(path) as db:
         db.multiget([5])
+
+
+def test_leaves_checked_together_are_checked_as_well_as_one_by_one(disk):
+    """What `sound_leaves` lets pass passes `Page` as well, whichever byte is damaged."""
+    rng, keys = random.Random(3), set()
+    with lmdb.open(str(disk), map_size=1 << 30) as env, env.begin(write=True) as txn:
+        for _ in range(600):
+            key = rng.choice([b"b", b"n", b"jx"]) + rng.choice([b"", b"\0"]) + rng.randbytes(rng.choice([1, 4, 8, 30]))
+            txn.put(key, rng.randbytes(rng.choice([0, 3, 60, 700, 5000])))
+            keys.add(key)
+    guard = guard_of(disk)
+    meta = max(guard.metas())
+    root = Page(guard._read(meta, meta.main.root, 1), meta.main.root, meta, leaf=False)
+    guard.close()
+    assert meta.main.depth == 2
+    pages = (disk / "data.mdb").read_bytes()
+    bounds = [(low, high) for low, high in itertools.pairwise([*root.keys, None])]
+    whole = b"".join(pages[child * PAGE : (child + 1) * PAGE] for child in root.children)
+
+    def one_by_one(data):
+        found = []
+        for i, (number, (low, high)) in enumerate(zip(root.children, bounds, strict=True)):
+            page = Page(data[i * PAGE : (i + 1) * PAGE], number, meta, leaf=True)
+            page.check_keys(low, high)
+            found.append(page.large())
+        return tuple(np.concatenate(part).tolist() for part in zip(*found, strict=True))
+
+    starts, lengths = sound_leaves(whole, root.children, bounds, meta)
+    assert (starts.tolist(), lengths.tolist()) == one_by_one(whole)
+    assert len(starts) > 50
+    refused = Counter()
+    for _ in effort.rounds(1500, share=0.01):
+        data = bytearray(whole)
+        place = rng.randrange(len(root.children)) * PAGE
+        # Headers and the offsets of nodes, or the nodes themselves.
+        place += rng.randrange(40) if rng.random() < 0.5 else rng.randrange(PAGE)
+        data[place] ^= 1 << rng.randrange(8)
+        together = sound_leaves(bytes(data), root.children, bounds, meta)
+        try:
+            expected = one_by_one(bytes(data))
+        except Damage:
+            assert together is None, f"byte {place}"
+            refused[True] += 1
+        else:
+            refused[False] += 1
+            if together is not None:
+                assert tuple(part.tolist() for part in together) == expected
+    assert min(refused.values()) > 100
 
 
 def test_readers_of_a_large_tree_beside_a_writer(store, peer, monkeypatch):
