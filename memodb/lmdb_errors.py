@@ -18,8 +18,7 @@ from memodb.errors import (
     StoreAccessError,
     StoreFullError,
 )
-from memodb.limits import NO_DESCRIPTOR
-from memodb.os_errors import FULL, named
+from memodb.os_errors import FULL, NO_DESCRIPTOR, named
 
 #: Readers that one environment has room for.
 MAX_READERS = 4096

@@ -327,9 +327,13 @@ def read_own(path: Path) -> bytes:
 def write_own(path: Path, data: bytes) -> None:
     """Put a file of this user's in place, outside of any store, as a whole (errors as open(2) says)."""
     draft = path.with_name(f"{path.name}.{secrets.token_hex(8)}.tmp")
-    with os.fdopen(open_no_wait(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL), "wb") as file:
-        file.write(data)
-    draft.replace(path)
+    try:
+        with os.fdopen(open_no_wait(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL), "wb") as file:
+            file.write(data)
+        draft.replace(path)
+    except BaseException:  # its name never comes again, so nobody would remove it
+        draft.unlink(missing_ok=True)
+        raise
 
 
 def _trusted_users(owner: int | str | None) -> set[int]:
