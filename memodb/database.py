@@ -28,9 +28,8 @@ from memodb.gather.batch import MappedBatch
 from memodb.gather.gather import Source, check_strategy, copy_into, forget_pages, gather_batch
 from memodb.gather.plan import Strategy
 from memodb.handle import INDEX_AT_CLOSE, Handle, Writing
-from memodb.limits import names_limits
 from memodb.lock import WriterLock
-from memodb.os_errors import naming
+from memodb.os_errors import names_limits, naming
 from memodb.problem import Problem
 from memodb.record import RecordSpec
 

@@ -30,6 +30,8 @@ from memodb.safe import Guard
 
 #: A map that the system does not grant is halved, down to this size.
 _MIN_MAP_SIZE = 1 << 28
+#: What a process may map whose address space is not limited.
+_UNLIMITED = 1 << 62
 #: A reader whose snapshot is overtaken by two commits while it begins, begins again, so often at most.
 _BEGINNINGS = 1000
 #: Where the map grows with the file: how many times the file it is when the file is opened.
@@ -273,7 +275,7 @@ class Environment:
         """Return the largest map that leaves most of a limited address space (RLIMIT_AS) to everybody else."""
         limit = resource.getrlimit(resource.RLIMIT_AS)[0]
         if limit == resource.RLIM_INFINITY:
-            return 1 << 62
+            return _UNLIMITED
         file = self.path / "data.mdb"
         needed = 2 * file.stat().st_size if file.exists() else 0
         return max(_MIN_MAP_SIZE, limit // 8, needed)
@@ -419,20 +421,32 @@ class Environment:
     def last_transaction(self) -> int:
         """Return the number of the last committed transaction that readers see, by whichever process."""
         # Not info()["last_txnid"]: that is the meta page's, which LMDB writes a moment before readers are let see it.
-        with self._read_gate:
-            try:
-                txn = self.handle.begin()  # over at once: it needs no guard
-                number = txn.id()
-                txn.abort()
-                return int(number)
-            except lmdb.Error as error:
-                with self._translated():
-                    raise error
+        while True:
+            with self._read_gate:
+                try:
+                    txn = self.handle.begin()  # over at once: it needs no guard
+                    number = txn.id()
+                    txn.abort()
+                    return int(number)
+                except lmdb.MapResizedError:
+                    pass
+                except lmdb.Error as error:
+                    with self._translated():
+                        raise error
+            self._adopt_map()
 
     @contextmanager
     def read(self) -> Iterator[lmdb.Transaction]:
         """Open a short read transaction; what it returns are buffers that die with it."""
-        with self._read_gate, self._translated(), self._begin() as txn:
+        with self._translated(), ExitStack() as inside:
+            while True:
+                with ExitStack() as entered:
+                    entered.enter_context(self._read_gate)
+                    with suppress(lmdb.MapResizedError):
+                        txn = entered.enter_context(self._begin())
+                        inside.enter_context(entered.pop_all())
+                        break
+                self._adopt_map()
             yield txn
 
     @contextmanager
@@ -455,7 +469,7 @@ class Environment:
                             begun = self._begin()
                     except lmdb.MapResizedError:
                         self._long_reads.discard(mark)
-                        self._set_map(0)
+                        self._adopt_map()
                 yield begun
             finally:
                 with self._read_gate:
@@ -492,7 +506,7 @@ class Environment:
             try:
                 txn = handle.begin(write=True, buffers=True)
             except lmdb.MapResizedError:  # another process wrote since this one opened it
-                self._set_map(0)
+                self._adopt_map()
                 txn = self.handle.begin(write=True, buffers=True)
             try:
                 with txn:
@@ -560,8 +574,13 @@ class Environment:
                         raise
                 self._set_map(2 * int(self.handle.info()["map_size"]))
 
-    def settle(self) -> None:
+    def settle(self, *, checks: bool = False) -> None:
         """Let readers see what the file holds, before a writer goes by what they see.
+
+        Parameters
+        ----------
+        checks
+            Check all pages, as before the first write: for who goes through all of them next, so that it is done once.
 
         LMDB commits by writing a page, and then tells readers of it in the lock file. A writer that is killed between
         the two leaves a commit on the disk that nobody sees as long as another process keeps the lock file, and that
@@ -569,15 +588,23 @@ class Environment:
         """
         with self._write_gate, self._translated(), suppress(lmdb.ReadonlyError):
             try:
-                self.handle.begin(write=True).abort()
+                txn = self.handle.begin(write=True)
             except lmdb.MapResizedError:
-                self._set_map(0)
-                self.handle.begin(write=True).abort()
+                self._adopt_map()
+                txn = self.handle.begin(write=True)
+            with txn:  # empty, so there is nothing to commit
+                if checks:
+                    self._look_before_writing(txn.id())
 
     def flush(self) -> None:
         """Make everything committed durable, whatever `Kind.sync` and `Kind.metasync` say."""
         with self._write_gate, self._translated():
             self.handle.sync(True)
+
+    def _adopt_map(self) -> None:
+        """Map what another process let the file grow to; with no gate in hand but that of writing."""
+        granted = self._granted()
+        self._set_map(granted if granted < _UNLIMITED else 0)
 
     def _set_map(self, size: int) -> None:
         """Map the file anew, `size` bytes of it; 0: as many as whoever grew it."""

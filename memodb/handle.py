@@ -304,9 +304,12 @@ class Handle:
                     raise
                 # Compaction in another process may have come in between; without a commit it was not that, nor if
                 # neither the records nor what the backend committed changed from one look to the next.
-                looked = locators.tobytes(), self._catalog.backend_state()[1]
+                # (What does not match needs no second state: no commit changes the bytes behind a locator, and a writer
+                # that commits all the time must not keep anybody from being told.)
+                mismatch = isinstance(error, _MismatchError)
+                looked = locators.tobytes(), b"" if mismatch else self._catalog.backend_state()[1]
                 if self._catalog.transaction() == seen or tried == looked:
-                    if isinstance(error, _MismatchError):
+                    if mismatch:
                         raise
                     raise CorruptionError(
                         f"what holds records of {self._path} is missing ({error}); restore the store from a copy, or "

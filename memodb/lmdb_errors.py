@@ -18,8 +18,7 @@ from memodb.errors import (
     StoreAccessError,
     StoreFullError,
 )
-from memodb.limits import NO_DESCRIPTOR
-from memodb.os_errors import FULL, named
+from memodb.os_errors import FULL, NO_DESCRIPTOR, named
 
 #: Readers that one environment has room for.
 MAX_READERS = 4096
@@ -42,7 +41,12 @@ def translated(noun: str, path: Path, when_full: str) -> Iterator[None]:
     """
     try:
         yield
-    except (lmdb.MapFullError, lmdb.DiskError) as error:
+    except lmdb.MapFullError as error:  # only where this process's address space is limited
+        raise StoreFullError(
+            f"{noun} {path} outgrew what this process maps of it: {error}; raise the limit (ulimit -v), or close the "
+            "store and open it again: as much as the limit allows is mapped then"
+        ) from error
+    except lmdb.DiskError as error:
         raise full(noun, path, when_full, error) from error
     except (lmdb.CorruptedError, lmdb.PageNotFoundError, lmdb.InvalidError) as error:
         raise CorruptionError(f"{noun} {path} is damaged: {error}; restore it from a copy") from error

@@ -28,12 +28,13 @@ from memodb.lmdb_meta import (
     Damage,
     Meta,
     Tree,
+    is_overtaken,
     pack_seal,
     page_size,
     parse_meta,
     written_by,
 )
-from memodb.lmdb_pages import Page
+from memodb.lmdb_pages import Page, sound_leaves
 
 #: Trees of up to so many pages are checked as a whole when the environment is opened.
 CHECKED_AT_OPEN = 128
@@ -81,13 +82,13 @@ class PageGuard:
 
     # --- meta pages ---
 
-    def metas(self) -> tuple[Meta, Meta]:
-        """Return what the two meta pages say.
+    def metas(self) -> list[Meta]:
+        """Return what the two meta pages say; only the newest, where the other one is damaged but overtaken.
 
         Raises
         ------
         CorruptionError
-            If one is damaged.
+            If one is damaged that LMDB may go by.
         FormatVersionError
             If another version of LMDB wrote the file.
         """
@@ -98,14 +99,26 @@ class PageGuard:
                 nbytes = page_size(head)
                 pages = [os.pread(self._fd, nbytes, number * nbytes) for number in (0, 1)]
                 held = os.fstat(self._fd).st_size // nbytes
-                first, second = (parse_meta(page, i, nbytes, held, self._name) for i, page in enumerate(pages))
-                return first, second
+                return self._sound(pages, held)
             except (Damage, FormatVersionError) as error:
                 last_error = error
                 time.sleep(0.001 * look)
         if isinstance(last_error, FormatVersionError):
             raise last_error
         raise self._damaged(last_error)
+
+    def _sound(self, pages: list[bytes], held: int) -> list[Meta]:
+        found: list[Meta] = []
+        damaged: list[tuple[bytes, Damage]] = []
+        for number, page in enumerate(pages):
+            try:
+                found.append(parse_meta(page, number, len(pages[0]), held, self._name))
+            except Damage as error:
+                damaged.append((page, error))
+        for page, why in damaged:
+            if not (found and found[0].sealed and is_overtaken(page, found[0].transaction)):
+                raise why
+        return found
 
     def seal(self, transaction: int) -> None:
         """Seal the meta page that a transaction, just committed, was written to."""
@@ -148,10 +161,10 @@ class PageGuard:
                 return
             found = _Found()
             try:
-                for number, _ in self._walk(meta, meta.main, found, writing=writing):
-                    self._good.add(number)
+                for _ in self._walk(meta, meta.main, found, writing=writing):
+                    pass
                 for page in self._walk(meta, meta.free, found, writing=writing, free=True):
-                    self._free_pages(meta, page[1], found)
+                    self._free_pages(meta, page, found)
                 _check_disjoint(found)
             except Damage as error:
                 raise self._damaged(error) from None
@@ -183,6 +196,8 @@ class PageGuard:
             if known is None:
                 page = Page(self._read(meta, number, 1), number, meta, leaf=leaf)
                 page.check_keys(low, high)
+                if leaf:
+                    page.large()  # LMDB hands out as much as a node says that its value has
                 self._good.add(number)
                 if leaf:
                     return
@@ -193,10 +208,8 @@ class PageGuard:
             high = keys[place + 1] if place + 1 < len(keys) else high
             number = children[place]
 
-    def _walk(
-        self, meta: Meta, tree: Tree, found: _Found, *, writing: bool, free: bool = False
-    ) -> Iterator[tuple[int, Page]]:
-        """Yield (number, page) of the leaves of a tree, each checked; note in `found` what is in use."""
+    def _walk(self, meta: Meta, tree: Tree, found: _Found, *, writing: bool, free: bool = False) -> Iterator[Page]:
+        """Check a tree and note in `found` what is in use; yield leaves: the free list's all, of the other one some."""
         seen: set[int] = set()
         todo: list[tuple[int, int, bytes, bytes | None]] = [(tree.root, 1, b"", None)] if tree.depth else []
         while todo:
@@ -207,19 +220,30 @@ class PageGuard:
             page = Page(self._read(meta, number, 1), number, meta, leaf=level == tree.depth, free=free)
             page.check_keys(low, high)
             if level < tree.depth:
-                bounds = [low, *page.keys[1:], high]
-                todo.extend(
-                    (child, level + 1, first or b"", behind)
-                    for child, (first, behind) in zip(page.children, pairwise(bounds), strict=True)
-                )
+                edges = [low, *page.keys[1:], high]
+                bounds = [(first or b"", behind) for first, behind in pairwise(edges)]
+                known = None
+                if level == tree.depth - 1 and not free and seen.isdisjoint(page.children):
+                    data = b"".join(self._read(meta, child, 1) for child in page.children)
+                    known = sound_leaves(data, page.children, bounds, meta)
+                if known is None:
+                    todo.extend(
+                        (child, level + 1, first, behind)
+                        for child, (first, behind) in zip(page.children, bounds, strict=True)
+                    )
+                else:
+                    found.tree.extend(page.children)
+                    self._note_large(meta, *known, found, writing=writing)
                 continue
-            starts, lengths = page.large()
-            if writing and len(starts):
-                lengths = self._large_lengths(meta, starts, lengths)
-            found.starts.append(starts)
-            found.lengths.append(lengths)
-            yield number, page
+            self._note_large(meta, *page.large(), found, writing=writing)
+            yield page
         found.tree.extend(seen)
+
+    def _note_large(self, meta: Meta, starts: Any, lengths: Any, found: _Found, *, writing: bool) -> None:
+        if writing and len(starts):
+            lengths = self._large_lengths(meta, starts, lengths)
+        found.starts.append(starts)
+        found.lengths.append(lengths)
 
     def _large_lengths(self, meta: Meta, starts: Any, needed: Any) -> Any:
         """Return how many pages values say that they have, by the first page of each: LMDB frees so many."""

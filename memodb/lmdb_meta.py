@@ -44,7 +44,10 @@ class Tree(NamedTuple):
 
 
 class Meta(NamedTuple):
-    """What a meta page says: the trees of a transaction, and the last page that is in use; `held` pages are there."""
+    """What a meta page says: the trees of a transaction, and the last page that is in use; `held` pages are there.
+
+    `sealed` tells whether its seal is there, and so that every byte of it is as it was committed.
+    """
 
     transaction: int
     last: int
@@ -52,6 +55,7 @@ class Meta(NamedTuple):
     held: int
     free: Tree
     main: Tree
+    sealed: bool
 
 
 def parse_meta(page: bytes, number: int, page_bytes: int, held: int, name: str) -> Meta:
@@ -78,14 +82,14 @@ def parse_meta(page: bytes, number: int, page_bytes: int, held: int, name: str) 
         )
     free, main = (_tree(page, number, i) for i in (0, 1))
     last, transaction = _META_TAIL.unpack_from(page, META_BYTES - _META_TAIL.size)
-    _check_seal(page, number, transaction)
+    sealed = _check_seal(page, number, transaction)
     if _TREE.unpack_from(page, HEADER + _META_HEAD.size)[0] != page_bytes or last < 1 or last >> 50:
         raise Damage(f"meta page {number} has impossible sizes")
     if transaction and transaction & 1 != number:
         raise Damage(f"meta page {number} bears transaction {transaction}, which belongs into the other one")
     if max(free.root, main.root) > last:
         raise Damage(f"meta page {number} names a root beyond its last page")
-    return Meta(transaction, last, page_bytes, held, free, main)
+    return Meta(transaction, last, page_bytes, held, free, main, sealed)
 
 
 def page_size(head: bytes) -> int:
@@ -124,11 +128,39 @@ def pack_seal(page: bytes, transaction: int) -> bytes:
     return first + struct.pack("<I", crc32c(first))
 
 
-def _check_seal(page: bytes, number: int, transaction: int) -> None:
-    """Compare a meta page with its seal, if it has one: a writer may have been killed before it could seal."""
+def is_overtaken(page: bytes, newest: int) -> bool:
+    """Tell whether a damaged meta page is of an older transaction than the `newest`, by its own number and its seal's.
+
+    Where a commit's write of its meta page fails, LMDB puts the number of the transaction before back and leaves the
+    rest as it came: the page is damaged then, and the store sound. LMDB goes by the page with the greater number, and
+    takes of the other one only that it is a meta page; the next commit writes it anew.
+    """
+    if len(page) < SEAL_AT + _SEAL.size or PAGE.unpack_from(page)[2] != _META:
+        return False
+    if _META_HEAD.unpack_from(page, HEADER)[:2] != (_MAGIC, _VERSION):
+        return False
+    seal = _seal_of(page)
+    return written_by(page) < newest and (seal is None or seal[0] < newest)
+
+
+def _seal_of(page: bytes) -> tuple[int, int] | None:
+    """Return (transaction, CRC-32C of the meta) of the seal in a meta page, None if there is no whole one."""
     magic, sealed, checksum, own = _SEAL.unpack_from(page, SEAL_AT)
     if magic != _SEAL_MAGIC or own != crc32c(page[SEAL_AT : SEAL_AT + _SEAL.size - 4]):
-        return
+        return None
+    return sealed, checksum
+
+
+def _check_seal(page: bytes, number: int, transaction: int) -> bool:
+    """Compare a meta page with its seal; return whether it has that of its transaction.
+
+    It need not: a writer may have been killed before it could seal.
+    """
+    seal = _seal_of(page)
+    if seal is None:
+        return False
+    sealed, checksum = seal
     same = checksum == crc32c(_sealed_part(page))
     if sealed > transaction or (sealed == transaction) != same:
         raise Damage(f"meta page {number} (transaction {transaction}) does not match its seal (of {sealed})")
+    return sealed == transaction

@@ -1,4 +1,4 @@
-"""One branch or leaf page of LMDB's, checked so that LMDB can follow it.
+"""Branch and leaf pages of LMDB's, checked so that LMDB can follow them: one, or many leaves at once.
 
 The layout is that of LMDB 0.9 (``MDB_page`` and ``MDB_node`` in its mdb.c), little-endian, 64 bits.
 """
@@ -17,6 +17,8 @@ _BRANCH, _LEAF = 1, 2
 _BIG = 1  # of a node: its value lies on overflow pages
 _NODE = 8
 _LONGEST_KEY = 511
+#: Keys that `sound_leaves` compares are no longer.
+_SHORT_KEY = 64
 
 
 class Page:
@@ -105,3 +107,73 @@ class Page:
                 yield read(starts.pop(0), lengths.pop(0))[HEADER : HEADER + size]
             else:
                 yield self._data[at[i] : at[i] + size]
+
+
+def sound_leaves(
+    data: bytes, numbers: list[int], bounds: list[tuple[bytes, bytes | None]], meta: Meta
+) -> tuple[np.ndarray[Any, np.dtype[np.int64]], np.ndarray[Any, np.dtype[np.int64]]] | None:
+    """Check leaves together, which takes a tenth of the time; None if one of them has to be looked at by itself.
+
+    Parameters
+    ----------
+    data
+        The pages, one behind the other.
+    numbers, bounds
+        Number of each page, and the keys (from, below; None: no end) that belong on it.
+    meta
+        Of the transaction.
+
+    Returns
+    -------
+    tuple or None
+        As `Page.large`, of all of them.
+    """
+    nbytes = meta.page_bytes
+    raw = np.frombuffer(data, np.uint8).reshape(len(numbers), nbytes)
+    words = raw.view("<u2")
+    lower, upper = words[:, 6].astype(np.int64), words[:, 7].astype(np.int64)
+    wrong = (raw[:, :8].copy().view("<u8")[:, 0] != np.array(numbers, np.uint64)) | (words[:, 5] != _LEAF)
+    if (wrong | (lower % 2 != 0) | (lower <= HEADER) | (lower > upper) | (upper > nbytes)).any():
+        return None
+    counts = (lower - HEADER) // 2
+    first = np.cumsum(counts) - counts
+    page = np.repeat(np.arange(len(numbers)), counts)
+    at = words[page, HEADER // 2 + np.arange(len(page)) - first[page]].astype(np.int64)
+    if ((at % 2 != 0) | (at < upper[page]) | (at > nbytes - _NODE)).any():
+        return None
+    low, high, flags, key_bytes = (words[page, (at >> 1) + i].astype(np.int64) for i in range(4))
+    sizes, big = low | high << 16, (flags & _BIG) != 0
+    used = _NODE + key_bytes + np.where(big, 8, sizes)
+    if ((flags & ~_BIG != 0) | (key_bytes < 1) | (key_bytes > _SHORT_KEY) | (at + used > nbytes)).any():
+        return None
+    if (np.add.reduceat(used + used % 2, first) != nbytes - upper).any():
+        return None
+    flat, begin = raw.reshape(-1), page * nbytes + at + _NODE
+    if not _ascend(flat, begin, key_bytes, page):
+        return None
+    ends = begin + key_bytes
+    for (least, most), i, j in zip(bounds, first.tolist(), (first + counts - 1).tolist(), strict=True):
+        if data[begin[i] : ends[i]] < least or (most is not None and data[begin[j] : ends[j]] >= most):
+            return None
+    starts = flat[ends[big][:, None] + np.arange(8)].reshape(-1).view("<u8")
+    lengths = (HEADER - 1 + sizes[big]) // nbytes + 1
+    if len(starts) and (starts.min() < 2 or starts.max() > meta.last):
+        return None
+    behind = starts.astype(np.int64) + lengths
+    if (behind > min(meta.last + 1, meta.held)).any():
+        return None
+    return starts.astype(np.int64), lengths
+
+
+def _ascend(flat: Any, begin: Any, key_bytes: Any, page: Any) -> bool:
+    """Tell whether the keys ascend within each page, as memcmp and then their lengths say."""
+    width = -(-int(key_bytes.max()) // 8) * 8
+    places = np.arange(width)
+    padded = flat[np.minimum(begin[:, None] + places, len(flat) - 1)]
+    padded[places >= key_bytes[:, None]] = 0
+    keys = padded.view(">u8")
+    ascends = key_bytes[:-1] < key_bytes[1:]  # of those that are the same up to the zeros behind them
+    for column in range(keys.shape[1] - 1, -1, -1):
+        mine, its = keys[:-1, column], keys[1:, column]
+        ascends = np.where(mine == its, ascends, mine < its)
+    return bool((ascends | (page[:-1] != page[1:])).all())

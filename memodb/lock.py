@@ -18,8 +18,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from memodb.errors import MemoDBError, StoreAccessError, WriterLockedError
-from memodb.limits import NO_DESCRIPTOR, no_descriptor
-from memodb.os_errors import named
+from memodb.os_errors import NO_DESCRIPTOR, named, no_descriptor
 from memodb.safe import Guard
 
 _FLOCK = struct.Struct("hhqqi4x")  # struct flock of 64-bit Linux: l_type, l_whence, l_start, l_len, l_pid

@@ -4,11 +4,20 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import wraps
+from typing import ParamSpec, TypeVar
 
 from memodb.errors import DeviceError, MemoDBError, StoreAccessError, StoreFullError
 
+P = ParamSpec("P")
+T = TypeVar("T")
+#: Whatever opens a file may meet it, in libraries too: so `names_limits` tells it at the top as well.
+NO_DESCRIPTOR = "this process holds as many descriptors as it may have: close some, or raise the limit (ulimit -n)"
+NO_MEMORY = (
+    "this process gets no more memory: take fewer records at once, release batches, or raise the limit (ulimit -v)"
+)
 #: There is no room.
 FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 #: A limit of the process or of the machine; the same call may be granted later.
@@ -35,11 +44,10 @@ def named(error: OSError, what: str | os.PathLike[str]) -> MemoDBError:
             f"no memory for what was asked of {what}: {why}; ask for less at once, or raise the limits of this process "
             "(ulimit -v, vm.max_map_count)"
         )
+    if no_descriptor(error):
+        return StoreAccessError(f"{what} cannot be used at the moment: {why}; {NO_DESCRIPTOR}")
     if code in LIMITS:
-        return StoreAccessError(
-            f"{what} cannot be used at the moment: {why}; close some files, or raise the limit (ulimit -n), and try "
-            "again"
-        )
+        return StoreAccessError(f"{what} cannot be used at the moment: {why}; try again")
     if code in _REFUSED:
         return StoreAccessError(f"{what} cannot be used: {why}; choose another path, or ask for access")
     return DeviceError(
@@ -58,3 +66,33 @@ def naming(what: str | os.PathLike[str]) -> Iterator[None]:
         raise
     except OSError as error:
         raise named(error, what) from error
+
+
+def no_descriptor(error: OSError) -> bool:
+    """Tell whether the process, or the machine, has no descriptor left."""
+    return error.errno in (errno.EMFILE, errno.ENFILE)
+
+
+def names_limits(verb: Callable[P, T]) -> Callable[P, T]:
+    """Let `verb` raise memodb's errors, with the remedy, where the process has no descriptor or memory left.
+
+    Raises
+    ------
+    StoreAccessError
+        Instead of an `OSError` of EMFILE or ENFILE.
+    StoreFullError
+        Instead of a `MemoryError`.
+    """
+
+    @wraps(verb)
+    def told(*arguments: P.args, **options: P.kwargs) -> T:
+        try:
+            return verb(*arguments, **options)
+        except OSError as error:
+            if isinstance(error, MemoDBError) or not no_descriptor(error):
+                raise
+            raise StoreAccessError(f"{error}; {NO_DESCRIPTOR}") from error
+        except MemoryError as error:
+            raise StoreFullError(f"{str(error) or 'out of memory'}; {NO_MEMORY}") from error
+
+    return told

@@ -227,7 +227,7 @@ def open_no_wait(path: str | os.PathLike[str], flags: int, mode: int = 0o600) ->
 
 
 def make_directory(path: str | os.PathLike[str], mode: int) -> None:
-    """Make a directory with these permissions, whatever the umask; a group that it inherits stays.
+    """Make a directory with these permissions, whatever the umask (see `set_permissions`).
 
     Raises
     ------
@@ -239,13 +239,18 @@ def make_directory(path: str | os.PathLike[str], mode: int) -> None:
 
 
 def set_permissions(path: str | os.PathLike[str], mode: int) -> None:
-    """Give a directory of this user's these permissions, through no link."""
+    """Give a directory of this user's these permissions, through no link.
+
+    What a group may write hands that group on to whatever is made inside: a member whose own group is another one would
+    make files that are refused, by that member first.
+    """
     fd = os.open(path, _LOOK)
     try:
         found = os.fstat(fd).st_mode
-        if found & 0o777 != mode:
+        wanted = mode | (st.S_ISGID if mode & 0o020 else found & st.S_ISGID)
+        if found & (0o777 | st.S_ISGID) != wanted:
             # fchmod(2) refuses such a descriptor, and any other cannot be had of a directory that may not be read.
-            os.chmod(f"/proc/self/fd/{fd}", mode | found & st.S_ISGID)
+            os.chmod(f"/proc/self/fd/{fd}", wanted)
     finally:
         os.close(fd)
 
@@ -322,9 +327,13 @@ def read_own(path: Path) -> bytes:
 def write_own(path: Path, data: bytes) -> None:
     """Put a file of this user's in place, outside of any store, as a whole (errors as open(2) says)."""
     draft = path.with_name(f"{path.name}.{secrets.token_hex(8)}.tmp")
-    with os.fdopen(open_no_wait(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL), "wb") as file:
-        file.write(data)
-    draft.replace(path)
+    try:
+        with os.fdopen(open_no_wait(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL), "wb") as file:
+            file.write(data)
+        draft.replace(path)
+    except BaseException:  # its name never comes again, so nobody would remove it
+        draft.unlink(missing_ok=True)
+        raise
 
 
 def _trusted_users(owner: int | str | None) -> set[int]:

@@ -15,7 +15,7 @@ import numpy as np
 
 from memodb.backends.file_io import read_all
 from memodb.errors import CorruptionError, MemoDBError, StoreAccessError
-from memodb.limits import NO_DESCRIPTOR
+from memodb.os_errors import NO_DESCRIPTOR
 from memodb.safe import Guard, open_no_wait
 
 #: Descriptors kept open: a quarter of what the process may have, so many at most.

@@ -300,7 +300,7 @@ class LmdbBackend(KeyedBackend):
             self._remove_folder(self._folder(generation))
         elif self._data().exists():
             with self._opened() as env:
-                env.settle()
+                env.settle(checks=True)
             self.erase(self.numbers(self.next))
             with self._opened() as env:
                 env.trim()

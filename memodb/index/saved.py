@@ -55,23 +55,34 @@ def _bounded(nbytes: int) -> Iterator[None]:
     if not hasattr(faiss, "set_deserialization_vector_byte_limit"):  # an older faiss
         yield
         return
+    global _usual
     with _limits:  # they are the process's
-        before = faiss.get_deserialization_vector_byte_limit(), faiss.get_deserialization_loop_limit()
-        faiss.set_deserialization_vector_byte_limit(nbytes)
-        faiss.set_deserialization_loop_limit(nbytes)
+        _usual = faiss.get_deserialization_vector_byte_limit(), faiss.get_deserialization_loop_limit()
         try:
+            faiss.set_deserialization_vector_byte_limit(nbytes)
+            faiss.set_deserialization_loop_limit(nbytes)
             yield
         finally:
-            faiss.set_deserialization_vector_byte_limit(before[0])
-            faiss.set_deserialization_loop_limit(before[1])
+            _lift()
+
+
+def _lift() -> None:
+    global _usual
+    if _usual is not None:
+        faiss.set_deserialization_vector_byte_limit(_usual[0])
+        faiss.set_deserialization_loop_limit(_usual[1])
+        _usual = None
 
 
 def _after_fork_in_child() -> None:
     global _limits
     _limits = threading.Lock()
+    _lift()  # another thread was reading one when the process forked
 
 
 _limits = threading.Lock()
+#: faiss's limits while others are in force.
+_usual: tuple[int, int] | None = None
 os.register_at_fork(after_in_child=_after_fork_in_child)
 
 

@@ -102,6 +102,23 @@ def test_what_is_prefetched_is_checked(store):
             db.multiget_mapped([3, 4])
 
 
+def test_a_damaged_record_is_told_beside_a_writer_that_commits_all_the_time(store, monkeypatch):
+    """A commit between the look and the check is a reason to look again once, not for ever."""
+    path = store[0]
+    with memodb.MemoDB.open(path, mode="r+") as writer, memodb.MemoDB.open(path, verify="always") as reader:
+        check, looks = reader._check, []
+
+        def checked(*arguments):
+            looks.append(writer.put(random_records(1, SHAPE, "float32", 1)))
+            assert len(looks) < 10
+            check(*arguments)
+
+        monkeypatch.setattr(reader, "_check", checked)
+        with pytest.raises(memodb.CorruptionError, match="record 4"):
+            reader.multiget([4])
+        assert len(looks) == 2
+
+
 @pytest.mark.parametrize("backend", [*SHARED, "memory"])
 @pytest.mark.parametrize("dtype", ["bfloat16", "int8", "complex128"])
 def test_sound_records_pass_on_every_backend(path, backend, dtype):

@@ -18,6 +18,7 @@ import memodb
 from memodb.checksum import crc32c
 from memodb.index import faiss as index_faiss
 from memodb.index import manager
+from memodb.index import saved as saved_indexes
 
 #: More keys than these make an index worth a file.
 KEYS, WIDTH = 400, 8
@@ -222,3 +223,16 @@ def test_faiss_is_left_as_it_was():
     with pytest.raises(RuntimeError):
         read_index(np.zeros(10, np.uint8))
     assert (faiss.get_deserialization_vector_byte_limit(), faiss.get_deserialization_loop_limit()) == before
+
+
+def test_a_process_forked_while_an_index_is_read_keeps_no_limit_of_it():
+    """faiss's limits on what it reads are the process's; what the program reads by faiss itself must not meet them."""
+    usual = faiss.get_deserialization_vector_byte_limit(), faiss.get_deserialization_loop_limit()
+    with saved_indexes._bounded(100):
+        child = os.fork()
+        if child == 0:
+            found = faiss.get_deserialization_vector_byte_limit(), faiss.get_deserialization_loop_limit()
+            os._exit(0 if found == usual and saved_indexes._limits.acquire(blocking=False) else 1)
+        assert faiss.get_deserialization_vector_byte_limit() == 100
+    assert os.waitpid(child, 0)[1] == 0
+    assert (faiss.get_deserialization_vector_byte_limit(), faiss.get_deserialization_loop_limit()) == usual

@@ -87,6 +87,13 @@ def test_a_call_that_fails(request, template, place, table):
         effort.report("faults", **{f"{call} {error}": answer["faults"]})
 
 
+@pytest.mark.parametrize("error", ["EIO", "half"])
+def test_any_write_of_a_commit_that_fails(shm, template, error):
+    """That of the page that commits is neither the first nor the last: LMDB leaves it half undone."""
+    answer = suffer(template, shm, "arena", "delete", "write", error, "once", None)
+    assert answer["faults"] >= 3
+
+
 @pytest.mark.skipif(not effort.is_long(), reason="of the long run")
 @pytest.mark.parametrize("place", ["shm", "disk"])
 def test_any_call_that_fails(request, template, place):

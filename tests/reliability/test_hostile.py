@@ -151,7 +151,10 @@ def test_sharing_with_a_group_is_a_choice(path, shared_backend, permissions, of_
         ids = db.put([[1, 2], [3, 4]], [[0, 0], [1, 1]])
     for name, mode in modes(path).items():
         is_directory = (path.parent / name).is_dir()
-        assert mode == (permissions if is_directory else of_readers if name.endswith("lock.mdb") else of_files), name
+        expected = permissions if is_directory else of_readers if name.endswith("lock.mdb") else of_files
+        assert mode & 0o777 == expected, name
+        if is_directory and permissions == 0o770:
+            assert (path.parent / name).stat().st_mode & stat.S_ISGID, f"{name} does not hand its group on"
     for mode in ("r", "r+"):
         with memodb.MemoDB.open(path, mode) as db:
             assert db.multiget(ids).tolist() == [[1, 2], [3, 4]]
@@ -320,6 +323,38 @@ def test_what_a_second_user_can_do(disk, shared_backend, permissions):
                 "open, trusting": "done",
                 "write": "done" if permissions == 0o770 else "StoreAccessError",
             }
+
+
+MEMBER = """
+import os, sys
+import memodb
+
+os.setgroups([int(sys.argv[2])])
+os.setgid(54322)
+os.setuid(54322)
+with memodb.MemoDB.open(sys.argv[1], "r+", owner=int(sys.argv[3])) as db:
+    print(db.put([[5, 6]] * 3000).tolist()[-1], db.verify())
+"""
+
+
+@needs_root
+def test_a_member_whose_own_group_is_another_one_writes(disk, shared_backend):
+    """In a store whose group is that of its maker, in a directory that hands on none."""
+    if not readable_by_all(disk):
+        pytest.skip("Python or memodb lies where another user cannot read it")
+    path, group = disk / "store", STRANGER + 10
+    before = os.getegid()
+    os.setegid(group)
+    try:
+        with memodb.MemoDB.create(path, shape=(2,), dtype="float32", permissions=0o770, **shared_backend) as db:
+            db.put([[1, 2], [3, 4]])
+    finally:
+        os.setegid(before)
+    give_to_user(path, STRANGER)
+    assert run_program(disk, MEMBER, path, group, STRANGER).split() == ["3001", "[]"]
+    with memodb.MemoDB.open(path, "r+", owner=STRANGER) as db:
+        assert db.verify() == []
+        assert db.multiget([1, 3001]).tolist() == [[3, 4], [5, 6]]
 
 
 def give_to_user(path: Path, uid: int) -> None:

@@ -7,6 +7,7 @@ from conftest import SHARED
 from programs import run_program, with_helpers
 
 import memodb
+from memodb.environment import Environment
 
 EVERY_BACKEND = [*SHARED, "memory"]
 
@@ -232,3 +233,21 @@ def test_a_hundred_namespaces_and_odd_names(make):
         with pytest.raises(memodb.InvalidOptionError):
             db.put(np.zeros((1, 3), np.int64), np.zeros((1, 2)), namespace=wrong)
     assert len(db) == n
+
+
+def test_a_reader_of_little_address_space_follows_a_catalog_that_grows(path, peer, monkeypatch):
+    """It maps as much of the catalog as it may when it opens it, and then what another process made of it."""
+    memodb.MemoDB.create(path, shape=(4,), dtype="float32", key_dim=2).close()
+    monkeypatch.setattr(Environment, "_granted", lambda self: max(1 << 20, 2 * (self.path / "data.mdb").stat().st_size))
+    writer = peer()
+    writer.ask("open", path=str(path), mode="r+")
+    with memodb.MemoDB.open(path) as reader:
+        handle = reader._catalog._env.handle
+        before = handle.info()["map_size"]
+        while (path / "catalog" / "data.mdb").stat().st_size < 2 * before:
+            writer.ask("put", n=50_000, seed=1, keys=[[1, 2]] * 50_000)
+        there = len(reader)
+        assert there >= 50_000
+        assert reader.multiget([there - 1]).shape == (1, 4)
+        assert reader.namespaces() == {"": there}
+        assert reader._catalog._env.handle.info()["map_size"] > before

@@ -1,8 +1,10 @@
 """LMDB's pages are checked before LMDB follows them: what is sound passes, what is damaged is told (`lmdb_guard`)."""
 
+import itertools
 import os
 import random
 import struct
+from collections import Counter
 
 import effort
 import lmdb
@@ -13,7 +15,8 @@ import memodb
 from memodb import lmdb_guard
 from memodb.environment import Environment
 from memodb.lmdb_guard import PageGuard
-from memodb.lmdb_meta import META_BYTES, SEAL_AT
+from memodb.lmdb_meta import META_BYTES, SEAL_AT, Damage
+from memodb.lmdb_pages import Page, sound_leaves
 
 PAGE = 4096
 
@@ -124,7 +127,8 @@ def metas(file):
 def test_a_flipped_bit_of_a_meta_page_is_told_or_harmless(store, mode):
     """Every bit of what LMDB writes there: the one that names the newest tree, and the one before."""
     file = data_of(store)
-    sound, told, expected = file.read_bytes(), 0, None
+    sound, told, expected = file.read_bytes(), Counter(), None
+    newest = max(metas(file)).transaction & 1
     with memodb.MemoDB.open(store) as db:
         expected = db.ids().tolist()
     places = range(META_BYTES) if effort.is_long() else random.Random(1).sample(range(META_BYTES), 20)
@@ -136,10 +140,28 @@ def test_a_flipped_bit_of_a_meta_page_is_told_or_harmless(store, mode):
                     with memodb.MemoDB.open(store, mode=mode) as db:
                         assert db.ids().tolist() == expected
                 except (memodb.CorruptionError, memodb.FormatVersionError):
-                    told += 1
+                    told[page] += 1
                 file.write_bytes(sound)
-    assert told > len(places)
+    assert told[newest] > len(places) // 2
     effort.report("flips", meta_bits=2 * len(places) * (8 if effort.is_long() else 1))
+
+
+def test_a_commit_whose_meta_page_could_not_be_written_leaves_a_sound_store(store):
+    """LMDB puts the older transaction's number back and leaves the rest of the page as it came (mdb_env_write_meta)."""
+    file = data_of(store)
+    newest = max(metas(file)).transaction & 1
+    trees = 16 + 24  # behind the header, and magic, version, address and size of the map
+    change(file, (1 - newest) * PAGE + trees, file.read_bytes()[newest * PAGE + trees : newest * PAGE + trees + 96])
+    assert [meta.transaction & 1 for meta in metas(file)] == [newest]
+    with memodb.MemoDB.open(store) as db:
+        expected = db.ids().tolist()
+    with memodb.MemoDB.open(store, mode="r+") as db:
+        assert db.ids().tolist() == expected
+        expected += db.put(np.zeros((1, 4), "float32"), keys=np.zeros((1, 100), "float32")).tolist()
+    assert len(metas(file)) == 2, "the next commit writes it anew"
+    with memodb.MemoDB.open(store) as db:
+        assert db.ids().tolist() == expected
+        assert db.verify() == []
 
 
 def test_a_meta_page_that_says_less_than_was_sealed_is_told(store):
@@ -215,6 +237,78 @@ def test_a_large_tree_is_checked_on_the_way_to_each_key(store, monkeypatch):
         change(file, page * PAGE, sound[page * PAGE : (page + 1) * PAGE])
     assert met
     assert unmet
+
+
+def test_a_value_longer_than_the_file_is_told_on_the_way_to_its_key(disk, monkeypatch):
+    """LMDB hands out as many bytes as a node says, be they beyond the end of the file: a SIGBUS for who reads them."""
+    monkeypatch.setattr(lmdb_guard, "CHECKED_AT_OPEN", 0)
+    path = disk / "store"
+    with memodb.MemoDB.create(path, shape=(4,), dtype="float32") as db:
+        db.put(np.zeros((2000, 4), "float32"))
+    file = data_of(path)
+    sound, changed = file.read_bytes(), 0
+    key = b"b" + bytes(8)
+    for at in range(0, len(sound), 2):  # its node: size, size, flags, bytes of the key, key
+        if sound[at + 8 : at + 8 + len(key)] == key and sound[at + 4 : at + 8] == b"\1\0\x09\0":
+            change(file, at + 3, bytes([sound[at + 3] | 0x40]))
+            changed += 1
+    assert changed
+    guard, env = guard_of(path / "catalog"), lmdb.open(str(path / "catalog"), readonly=True)
+    with env, env.begin() as txn:
+        meta = guard.snapshot(txn.id())
+        with pytest.raises(memodb.CorruptionError, match="beyond the last page"):
+            guard.check_path(meta, key)
+    guard.close()
+    with pytest.raises(memodb.CorruptionError, match="beyond the last page"), memodb.MemoDB.open(path) as db:
+        db.multiget([5])
+
+
+def test_leaves_checked_together_are_checked_as_well_as_one_by_one(disk):
+    """What `sound_leaves` lets pass passes `Page` as well, whichever byte is damaged."""
+    rng, keys = random.Random(3), set()
+    with lmdb.open(str(disk), map_size=1 << 30) as env, env.begin(write=True) as txn:
+        for _ in range(600):
+            key = rng.choice([b"b", b"n", b"jx"]) + rng.choice([b"", b"\0"]) + rng.randbytes(rng.choice([1, 4, 8, 30]))
+            txn.put(key, rng.randbytes(rng.choice([0, 3, 60, 700, 5000])))
+            keys.add(key)
+    guard = guard_of(disk)
+    meta = max(guard.metas())
+    root = Page(guard._read(meta, meta.main.root, 1), meta.main.root, meta, leaf=False)
+    guard.close()
+    assert meta.main.depth == 2
+    pages = (disk / "data.mdb").read_bytes()
+    bounds = [(low, high) for low, high in itertools.pairwise([*root.keys, None])]
+    whole = b"".join(pages[child * PAGE : (child + 1) * PAGE] for child in root.children)
+
+    def one_by_one(data):
+        found = []
+        for i, (number, (low, high)) in enumerate(zip(root.children, bounds, strict=True)):
+            page = Page(data[i * PAGE : (i + 1) * PAGE], number, meta, leaf=True)
+            page.check_keys(low, high)
+            found.append(page.large())
+        return tuple(np.concatenate(part).tolist() for part in zip(*found, strict=True))
+
+    starts, lengths = sound_leaves(whole, root.children, bounds, meta)
+    assert (starts.tolist(), lengths.tolist()) == one_by_one(whole)
+    assert len(starts) > 50
+    refused = Counter()
+    for _ in effort.rounds(1500, share=0.01):
+        data = bytearray(whole)
+        place = rng.randrange(len(root.children)) * PAGE
+        # Headers and the offsets of nodes, or the nodes themselves.
+        place += rng.randrange(40) if rng.random() < 0.5 else rng.randrange(PAGE)
+        data[place] ^= 1 << rng.randrange(8)
+        together = sound_leaves(bytes(data), root.children, bounds, meta)
+        try:
+            expected = one_by_one(bytes(data))
+        except Damage:
+            assert together is None, f"byte {place}"
+            refused[True] += 1
+        else:
+            refused[False] += 1
+            if together is not None:
+                assert tuple(part.tolist() for part in together) == expected
+    assert min(refused.values()) > 100
 
 
 def test_readers_of_a_large_tree_beside_a_writer(store, peer, monkeypatch):
