@@ -63,14 +63,14 @@ class GuardedStore(LocalStore):
             return prototype.buffer.from_bytes(file.read())
 
     def _write(self, key: str, value: Any, exclusive: bool) -> None:
+        if exclusive:
+            self.guard.write(self.root / key, value.as_buffer_like())
+            return
         # zarr's own name for a draft, by which `RecordArray.remove_partial` finds what a killed process left.
         draft = self.root / f"{key}.{secrets.token_hex(16)}.partial"
         try:
             self.guard.write(draft, value.as_buffer_like())
-            if exclusive:
-                os.link(draft, self.root / key)
-            else:
-                draft.replace(self.root / key)
+            draft.replace(self.root / key)
         finally:
             draft.unlink(missing_ok=True)
 
