@@ -101,6 +101,7 @@ class Environment:
         self.path = path
         self.kind = kind
         self._key = key
+        self._data = os.fspath(path / "data.mdb")
         self._users = 0
         # Reads and writes may run side by side (LMDB is multi-version), but neither may be under way while the process
         # forks: the child would end the parent's transaction in the shared lock table.
@@ -146,6 +147,14 @@ class Environment:
                 cls._shared[key] = env
             env._users += 1
             return env
+
+    def replaced(self) -> bool:
+        """Tell whether another file is by now where this one was (a removed one that is open still serves)."""
+        try:
+            stat = os.stat(self._data)
+        except OSError:
+            return False
+        return (stat.st_dev, stat.st_ino) != self._key
 
     def hold(self) -> None:
         """Take one more use, to be given back with `release`."""

@@ -341,3 +341,37 @@ memodb.gather_limits()
 print("ok")
 """
     assert run_program(path.parent, program, path) == "ok\n"
+
+
+@pytest.mark.parametrize("where", ["_prefetched", "_backend", "_catalog"])
+def test_an_interrupted_close_keeps_no_lock(db, path, monkeypatch, where):
+    part = getattr(db, where)
+
+    def interrupted():
+        closed()
+        raise KeyboardInterrupt
+
+    closed = part.close
+    monkeypatch.setattr(part, "close", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        db.close()
+    monkeypatch.undo()
+    with memodb.MemoDB.open(path, mode="r+") as again:
+        assert_same_bytes(again.multiget(again.put(VALUES)), VALUES)
+
+
+def test_an_interrupted_open_keeps_no_lock(db, path, monkeypatch):
+    from memodb import lock
+
+    def interrupted(*arguments, **options):
+        locked(*arguments, **options)
+        raise KeyboardInterrupt
+
+    db.close()
+    locked = lock.lock_bytes
+    monkeypatch.setattr(lock, "lock_bytes", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        memodb.MemoDB.open(path, mode="r+")
+    monkeypatch.undo()
+    gc.collect()
+    memodb.MemoDB.open(path, mode="r+").close()
