@@ -165,14 +165,12 @@ class Environment:
         """Give one use back; the last one closes the environment."""
         with self._registry_lock:
             self._users -= 1
-            if self._users == 0:
-                # Nobody waits for a gate with the registry in hand (see `_before_fork`): whoever holds one may want it.
-                while not self._close_if_idle():
-                    self._registry_lock.release()
-                    time.sleep(0)
-                    self._registry_lock.acquire()
-                    if self._users:  # somebody opened it again meanwhile
-                        return
+        while True:
+            with self._registry_lock:
+                if self._users or self._close_if_idle():
+                    return
+            # Nobody waits for a gate with the registry in hand (see `_before_fork`): whoever holds one may want it.
+            time.sleep(0)
 
     def _close_if_idle(self) -> bool:
         with ExitStack() as gates:

@@ -1,6 +1,7 @@
 """Who keeps what alive: the last view keeps the batch, nothing keeps it after that."""
 
 import gc
+import threading
 import weakref
 
 import numpy as np
@@ -375,3 +376,30 @@ def test_an_interrupted_open_keeps_no_lock(db, path, monkeypatch):
     monkeypatch.undo()
     gc.collect()
     memodb.MemoDB.open(path, mode="r+").close()
+
+
+def test_a_close_that_is_interrupted_while_it_waits_for_another_thread_keeps_no_lock(db, path, monkeypatch):
+    class Interrupting:
+        @staticmethod
+        def sleep(seconds):
+            raise KeyboardInterrupt
+
+    def hold():
+        with db._catalog._env._read_gate:
+            held.set()
+            let_go.wait(60)
+
+    held, let_go = threading.Event(), threading.Event()
+    holder = threading.Thread(target=hold)
+    holder.start()
+    held.wait(60)
+    monkeypatch.setattr("memodb.environment.time", Interrupting)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            db.close()
+    finally:
+        let_go.set()
+        holder.join()
+        monkeypatch.undo()
+    with memodb.MemoDB.open(path, mode="r+") as again:
+        assert_same_bytes(again.multiget(again.put(VALUES)), VALUES)
