@@ -82,7 +82,7 @@ class Handle:
         self._unrestored = False
         self._closed = True
         self._counters = Counters()
-        self._checks = Checks(verify or "never")
+        self._checks = Checks("never" if verify is None else verify)
         self._prefetched = Prefetched()
         self._seen = -1
         self._catalog = Catalog(path / layout.CATALOG, create_with=settings)
