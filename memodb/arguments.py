@@ -148,6 +148,10 @@ def as_path(path: Any) -> Path:
         raise InvalidOptionError(f"path must be a string or a path, found {type(path).__name__}") from error
     if not isinstance(text, str) or not text or "\0" in text:
         raise InvalidOptionError(f"path {path!r} names no folder")
+    try:
+        os.fsencode(text)
+    except UnicodeEncodeError as error:
+        raise InvalidOptionError(f"path {path!r} names no folder: {error}") from error
     return Path(text).absolute()
 
 

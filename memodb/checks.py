@@ -30,7 +30,7 @@ class Checks:
     """
 
     def __init__(self, mode: Verify) -> None:
-        if mode not in get_args(Verify):
+        if not isinstance(mode, str) or mode not in get_args(Verify):
             raise InvalidOptionError(f"verify must be 'never', 'first' or 'always', found {mode!r}")
         self.mode: Verify = mode
         #: Records whose checksum was computed.

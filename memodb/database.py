@@ -224,7 +224,7 @@ class MemoDB(Handle):
                 "in the same process, by that handle's path"
             )
         where = arguments.as_path(path)
-        if mode not in ("r", "r+"):
+        if not isinstance(mode, str) or mode not in ("r", "r+"):
             raise InvalidOptionError(f"mode must be 'r' or 'r+', found {mode!r}; a new store is made by create()")
         with naming(where):
             found = layout.holds_store(where, owner)
@@ -728,8 +728,8 @@ class MemoDB(Handle):
 
 
 def _check_index(index: str, key_dim: int | None) -> str:
-    if index == "auto" or key_dim is None:
-        return "auto" if key_dim is None else index
+    if key_dim is None or (isinstance(index, str) and index == "auto"):
+        return "auto"
     from memodb.index.factory import check_factory  # faiss takes a while to import
 
     return check_factory(index, key_dim)

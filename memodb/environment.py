@@ -103,6 +103,7 @@ class Environment:
         self.path = path
         self.kind = kind
         self._key = key
+        self._data = os.fspath(path / "data.mdb")
         self._users = 0
         # Reads and writes may run side by side (LMDB is multi-version), but neither may be under way while the process
         # forks: the child would end the parent's transaction in the shared lock table.
@@ -149,6 +150,14 @@ class Environment:
             env._users += 1
             return env
 
+    def replaced(self) -> bool:
+        """Tell whether another file is by now where this one was (a removed one that is open still serves)."""
+        try:
+            stat = os.stat(self._data)
+        except OSError:
+            return False
+        return (stat.st_dev, stat.st_ino) != self._key
+
     def hold(self) -> None:
         """Take one more use, to be given back with `release`."""
         with self._registry_lock:
@@ -158,14 +167,12 @@ class Environment:
         """Give one use back; the last one closes the environment."""
         with self._registry_lock:
             self._users -= 1
-            if self._users == 0:
-                # Nobody waits for a gate with the registry in hand (see `_before_fork`): whoever holds one may want it.
-                while not self._close_if_idle():
-                    self._registry_lock.release()
-                    time.sleep(0)
-                    self._registry_lock.acquire()
-                    if self._users:  # somebody opened it again meanwhile
-                        return
+        while True:
+            with self._registry_lock:
+                if self._users or self._close_if_idle():
+                    return
+            # Nobody waits for a gate with the registry in hand (see `_before_fork`): whoever holds one may want it.
+            time.sleep(0)
 
     def _close_if_idle(self) -> bool:
         with ExitStack() as gates:

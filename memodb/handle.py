@@ -7,7 +7,7 @@ import os
 import threading
 import weakref
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self, TypeVar
@@ -82,7 +82,7 @@ class Handle:
         self._unrestored = False
         self._closed = True
         self._counters = Counters()
-        self._checks = Checks(verify or "never")
+        self._checks = Checks("never" if verify is None else verify)
         self._prefetched = Prefetched()
         self._seen = -1
         self._catalog = Catalog(path / layout.CATALOG, create_with=settings)
@@ -157,24 +157,29 @@ class Handle:
                 if not self._closed and self._mode == "r+" and self.key_dim:
                     self._indexes.save(INDEX_AT_CLOSE)
             finally:
-                drain(self._prefetched.close())
-                self._shut()
+                try:
+                    drain(self._prefetched.close())
+                finally:
+                    self._shut()
 
     def _shut(self) -> None:
         if self._closed:
             return
-        self._closed = True
-        _HANDLES.discard(self)
-        self._prefetched.close()
-        self._backend.close()
-        self._catalog.close()
-        if self._throwaway is not None and self._writer_lock is not None:
-            self._backend.remove()
-        if self._writer_lock is not None:
-            self._writer_lock.release()
-        if self._throwaway is not None:
-            self._throwaway.remove()
-        closed()
+        # The last one first. All of them, whatever fails or is interrupted: a lock that is kept locks out its own
+        # process, to whom nobody could give it back.
+        with ExitStack() as steps:
+            steps.callback(closed)
+            if self._throwaway is not None:
+                steps.callback(self._throwaway.remove)
+            if self._writer_lock is not None:
+                steps.callback(self._writer_lock.release)
+                if self._throwaway is not None:
+                    steps.callback(self._backend.remove)
+            steps.callback(self._catalog.close)
+            steps.callback(self._backend.close)
+            steps.callback(self._prefetched.close)
+            steps.callback(_HANDLES.discard, self)
+            self._closed = True
 
     def __del__(self) -> None:
         if not getattr(self, "_closed", True):
@@ -256,8 +261,17 @@ class Handle:
                 f"an earlier write to {self._path} failed ({self._failed}), so nothing more is written through this "
                 "handle; check the device, then close and open the store"
             )
+        self._check_in_place()
         if self._unrestored:
             self._restore()
+
+    def _check_in_place(self) -> None:
+        """Raise if the path leads to another store by now: files that are opened from here on would be that one's."""
+        if self._catalog.replaced():
+            raise StoreNotFoundError(
+                f"{self._path} holds another store than the one that this handle opened, which was removed or restored "
+                "meanwhile; close the handle and open the store again"
+            )
 
     def _restore(self) -> None:
         """Let the backend go back to what the catalog says is committed."""
@@ -278,6 +292,7 @@ class Handle:
 
     def _source(self, locators: Locators, seen: int) -> Source:
         """Return where records come from whose locators were looked up in transaction `seen`."""
+        self._check_in_place()
         if self._mode == "r" and seen != self._seen:
             number, state = self._catalog.backend_state()
             if self._backend.refresh(state):

@@ -93,7 +93,7 @@ class WriterLock:
     """
 
     def __init__(self, path: Path) -> None:
-        self._pid = os.getpid()
+        self._pid, self._fd = os.getpid(), -1
         with _held_lock:
             try:
                 fd = Guard.of(path.parent).open(path, os.O_RDWR | os.O_CREAT)
@@ -105,6 +105,8 @@ class WriterLock:
                 raise StoreAccessError(
                     f"{path} cannot be opened for writing: {error.strerror}; open the store with mode='r'"
                 ) from error
+            self._fd = fd
+            _held.add(fd)
             try:
                 lock_bytes(fd, fcntl.F_WRLCK, 0, 0)
                 if not _is_at(fd, path):  # a creation that failed removed it meanwhile
@@ -115,14 +117,16 @@ class WriterLock:
                 holder = b""
                 with suppress(OSError):
                     holder = os.pread(fd, 32, 0)
-                os.close(fd)
+                self.release()
                 if error.errno in (errno.EACCES, errno.EAGAIN):
                     raise _locked(path, holder) from None
                 if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                     raise named(error, path) from error
                 raise StoreAccessError(f"{path} cannot be written: {error.strerror}; free space there") from error
-            self._fd = fd
-            _held.add(fd)
+
+    def __del__(self) -> None:
+        if self._fd >= 0:  # an interrupt kept its owner from ever knowing it
+            self.release()
 
     def release(self) -> None:
         """Let the next writer in."""

@@ -131,11 +131,12 @@ class Crew:
                 thread = threading.Thread(
                     target=_serve, args=(self._queue,), name=f"memodb-{len(self._threads) + 1}", daemon=True
                 )
+                self._threads.append(thread)  # first: an interrupt may come when it runs and `start` has not returned
                 try:
                     thread.start()
                 except RuntimeError:  # no more threads to be had (RLIMIT_NPROC): those there are do the work
+                    self._threads.remove(thread)
                     return
-                self._threads.append(thread)
 
     def stop(self) -> None:
         """Let the threads end, and wait for them (they may hold the last reference to a record file)."""
@@ -143,10 +144,10 @@ class Crew:
             # A queue of their own from here on: a newcomer must not take the end that is meant for one of these.
             threads, self._threads = self._threads, []
             queue, self._queue = self._queue, SimpleQueue()
-            for _ in threads:
-                queue.put(None)
+            queue.put(None)
         for thread in threads:
-            if thread is not threading.current_thread():
+            # One whose start was interrupted has no id, or not yet.
+            if thread is not threading.current_thread() and thread.ident is not None:
                 thread.join()
 
 
@@ -154,6 +155,7 @@ def _serve(queue: SimpleQueue[_Loop | None]) -> None:
     while (loop := queue.get()) is not None:
         loop.help()
         del loop  # what a loop holds must not live until the next one comes
+    queue.put(None)  # for the next one: nobody counts them, so nobody can wait for an end that another one took
 
 
 CREW = Crew()

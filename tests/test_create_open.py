@@ -1,6 +1,7 @@
 """Creating and opening: what a store knows of itself, and what is refused."""
 
 import os
+import shutil
 
 import numpy as np
 import pytest
@@ -195,3 +196,30 @@ def test_a_creation_that_was_cut_off_is_done_again(folder):
     (path / "writer.lock").touch()
     with memodb.MemoDB.create(path, shape=(2,), dtype="float32") as db:
         assert db.put([[1, 2]]).tolist() == [0]
+
+
+@pytest.mark.parametrize("backend", ["arena", "files", "lmdb", "zarr"])
+def test_another_store_at_the_same_path_is_never_taken_for_the_one_that_was_opened(folder, backend):
+    """Removed and made again, or restored from a copy, under an open handle: its catalog is the old one."""
+    path, kind = folder / "store", {"shape": (1024,), "dtype": "int64", "backend": backend}
+    old, new = np.arange(3 * 1024).reshape(3, 1024), np.arange(3 * 1024, 6 * 1024).reshape(3, 1024)
+    with memodb.MemoDB.create(path, **kind) as db:
+        db.put(old)
+    writer, reader, gathered = memodb.MemoDB.open(path, "r+"), memodb.MemoDB.open(path), memodb.MemoDB.open(path)
+    batch = gathered.multiget_mapped([0, 2])
+    shutil.rmtree(path)
+    with memodb.MemoDB.create(path, **kind) as db:
+        db.put(new)
+    for handle in (reader, gathered, writer):
+        with pytest.raises(memodb.StoreNotFoundError, match="holds another store"):
+            handle.multiget([0, 2])
+    with pytest.raises(memodb.StoreNotFoundError, match="holds another store"):
+        writer.put(old)
+    with pytest.raises(memodb.StoreNotFoundError, match="holds another store"):
+        writer.compact()
+    assert (batch.numpy() == old[[0, 2]]).all()
+    for handle in (reader, gathered, writer):
+        handle.close()
+    with memodb.MemoDB.open(path, "r+", verify="always") as db:
+        assert (db.multiget([0, 1, 2]) == new).all()
+        assert db.verify() == []

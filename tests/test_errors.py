@@ -4,6 +4,7 @@ import inspect
 import io
 import types
 
+import numpy as np
 import pytest
 
 import memodb
@@ -78,3 +79,20 @@ def test_star_import_gives_what_the_contract_names():
     named = {"MemoDB", "MappedBatch", "SearchResult", "Problem", "copy", "available_backends", "MemoDBError", *TREE}
     assert named <= set(namespace)
     assert not any(isinstance(value, types.ModuleType) for name, value in namespace.items() if name != "__builtins__")
+
+
+@pytest.mark.parametrize("wrong", [np.zeros((2, 2)), np.zeros((0, 8)), "\ud800", "", 0, False])
+def test_options_of_a_wrong_kind_are_refused_by_name(tmp_path, wrong):
+    kind = {"shape": (4,), "dtype": "float32", "key_dim": 2}
+    with memodb.MemoDB.create(tmp_path / "store", **kind) as db:
+        for call in (
+            lambda: db.multiget_mapped([], wrong),
+            lambda: db.reindex(wrong),
+            lambda: memodb.MemoDB.open(tmp_path / "store", wrong),
+            lambda: memodb.MemoDB.open(tmp_path / "store", verify=wrong),
+            lambda: memodb.MemoDB.open(wrong),
+            lambda: memodb.MemoDB.create(wrong, **kind),
+            lambda: memodb.MemoDB.create(tmp_path / "other", index=wrong, **kind),
+        ):
+            with pytest.raises(memodb.InvalidOptionError):
+                call()

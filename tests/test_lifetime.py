@@ -1,6 +1,7 @@
 """Who keeps what alive: the last view keeps the batch, nothing keeps it after that."""
 
 import gc
+import threading
 import weakref
 
 import numpy as np
@@ -341,3 +342,64 @@ memodb.gather_limits()
 print("ok")
 """
     assert run_program(path.parent, program, path) == "ok\n"
+
+
+@pytest.mark.parametrize("where", ["_prefetched", "_backend", "_catalog"])
+def test_an_interrupted_close_keeps_no_lock(db, path, monkeypatch, where):
+    part = getattr(db, where)
+
+    def interrupted():
+        closed()
+        raise KeyboardInterrupt
+
+    closed = part.close
+    monkeypatch.setattr(part, "close", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        db.close()
+    monkeypatch.undo()
+    with memodb.MemoDB.open(path, mode="r+") as again:
+        assert_same_bytes(again.multiget(again.put(VALUES)), VALUES)
+
+
+def test_an_interrupted_open_keeps_no_lock(db, path, monkeypatch):
+    from memodb import lock
+
+    def interrupted(*arguments, **options):
+        locked(*arguments, **options)
+        raise KeyboardInterrupt
+
+    db.close()
+    locked = lock.lock_bytes
+    monkeypatch.setattr(lock, "lock_bytes", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        memodb.MemoDB.open(path, mode="r+")
+    monkeypatch.undo()
+    gc.collect()
+    memodb.MemoDB.open(path, mode="r+").close()
+
+
+def test_a_close_that_is_interrupted_while_it_waits_for_another_thread_keeps_no_lock(db, path, monkeypatch):
+    class Interrupting:
+        @staticmethod
+        def sleep(seconds):
+            raise KeyboardInterrupt
+
+    def hold():
+        with db._catalog._env._read_gate:
+            held.set()
+            let_go.wait(60)
+
+    held, let_go = threading.Event(), threading.Event()
+    holder = threading.Thread(target=hold)
+    holder.start()
+    held.wait(60)
+    monkeypatch.setattr("memodb.environment.time", Interrupting)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            db.close()
+    finally:
+        let_go.set()
+        holder.join()
+        monkeypatch.undo()
+    with memodb.MemoDB.open(path, mode="r+") as again:
+        assert_same_bytes(again.multiget(again.put(VALUES)), VALUES)

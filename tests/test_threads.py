@@ -105,3 +105,23 @@ def test_stopping_while_others_go_on(crew):
     assert not stop.is_alive()
     assert not loop.is_alive()
     assert len(done) == 200
+
+
+def test_an_interrupted_start_does_not_hold_up_the_end(crew, monkeypatch):
+    """A thread that runs, but whose start was interrupted, takes the end that was meant for another one."""
+
+    def interrupted(thread):
+        start(thread)
+        raise KeyboardInterrupt
+
+    start = threading.Thread.start
+    monkeypatch.setattr(threading.Thread, "start", interrupted)
+    for wanted in (1, 2, 3):
+        with pytest.raises(KeyboardInterrupt):
+            crew._start(wanted)
+    monkeypatch.undo()
+    crew._start(4)
+    stopped = threading.Thread(target=crew.stop, daemon=True)
+    stopped.start()
+    stopped.join(30)
+    assert not stopped.is_alive()

@@ -99,6 +99,10 @@ class Catalog:
         """Return by how many bytes `n` more records may let the file grow: keys, rows and pages that are rewritten."""
         return self._env.growth(n * (ROW.itemsize + 8 + 4 * (self.settings["key_dim"] or 0)) + _REWRITTEN)
 
+    def replaced(self) -> bool:
+        """Tell whether another store's catalog is by now where this one was."""
+        return self._env.replaced()
+
     def close(self) -> None:
         """Let the environment go."""
         self._env.release()

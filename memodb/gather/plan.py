@@ -162,7 +162,7 @@ def _aligned(extents: Extents, unit: int) -> bool:
 
 def check_strategy(strategy: str) -> None:
     """Refuse a strategy that there is not, before anything is done."""
-    if strategy not in STRATEGIES:
+    if not isinstance(strategy, str) or strategy not in STRATEGIES:
         raise InvalidOptionError(f"strategy {strategy!r}: expected one of {', '.join(STRATEGIES)}")
 
 

@@ -38,10 +38,10 @@ def check_factory(factory: str, key_dim: int) -> str:
     InvalidOptionError
         With the reason if not.
     """
+    if not isinstance(factory, str) or not factory.isascii():
+        raise InvalidOptionError(f"index must be a faiss factory string or 'auto', found {factory!r}")
     if factory == "auto":
         return factory
-    if not isinstance(factory, str):
-        raise InvalidOptionError(f"index must be a faiss factory string or 'auto', found {factory!r}")
     shown = factory if len(factory) <= 60 else f"{factory[:60]}..."
     links = [int(found) for found in re.findall(r"HNSW(\d+)", factory)]
     if any(m < _FEWEST_LINKS for m in links):
