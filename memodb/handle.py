@@ -325,7 +325,7 @@ class Handle:
                 looked = locators.tobytes(), b"" if mismatch else self._catalog.backend_state()[1]
                 if self._catalog.transaction() == seen or tried == looked:
                     if mismatch:
-                        raise
+                        raise CorruptionError(str(error)) from None
                     raise CorruptionError(
                         f"what holds records of {self._path} is missing ({error}); restore the store from a copy, or "
                         "delete what verify() names"
@@ -353,7 +353,7 @@ class Handle:
 
 
 class _MismatchError(CorruptionError):
-    """Records do not match their checksums."""
+    """Records do not match their checksums: perhaps they were moved meanwhile (inside of a gather only)."""
 
 
 class Writing:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from memodb.catalog import Catalog
+from memodb.catalog.catalog import grouped
 from memodb.checksum import crc32c
 from memodb.errors import CorruptionError, RecordNotFoundError, UnsafePathError
 from memodb.problem import Problem
@@ -88,15 +89,17 @@ def _check_names(catalog: Catalog, rows: np.ndarray[Any, Any]) -> list[Problem]:
 
 def _check_keys(catalog: Catalog, ids: np.ndarray[Any, Any], rows: np.ndarray[Any, Any]) -> list[Problem]:
     problems = []
-    for number in np.unique(rows["namespace"]).tolist():
-        mine = ids[rows["namespace"] == number]
+    numbers, places = np.unique(rows["namespace"], return_inverse=True)
+    for number, members in zip(numbers.tolist(), grouped(places, len(numbers)) if len(numbers) else [], strict=True):
+        mine = ids[members]
         try:
             added = [entry.ids for entry in catalog.journal(number, 0) if entry.keys is not None]
         except CorruptionError as error:
             problems.append(Problem("keys", str(error)))
             continue
         lost = np.setdiff1d(mine, np.concatenate([np.zeros(0, np.int64), *added]))
-        lost = lost[catalog.is_live(lost)]
+        if len(lost):
+            lost = lost[catalog.is_live(lost)]
         problems += [
             Problem("keys", f"record {id} of {catalog.path.parent} has no key: put it again", id)
             for id in lost.tolist()

@@ -341,19 +341,29 @@ class ArenaBackend(ValueBackend):
         moved = np.empty(0, np.uint64)
         if len(locators):
             slots = (locators & _SLOT_MASK).astype(np.int64)
-            records = self._segment(token).view((int(slots.max()) + 1) * self.spec.nbytes)
-            records = records.reshape(-1, self.spec.nbytes)
+            segment = self._segment(token)
             bounds = np.flatnonzero(np.diff(slots) != 1) + 1
-            if len(slots) * self.spec.nbytes < _LONG_RUN * (len(bounds) + 1):
+            step = max(1, _TOGETHER // self.spec.nbytes)
+            if not segment.touchable or len(slots) * self.spec.nbytes < _LONG_RUN * (len(bounds) + 1):
                 # Short runs are brought together first: an append costs as much as many of them.
-                step = max(1, _TOGETHER // self.spec.nbytes)
                 moved = np.concatenate(
-                    [self.append(records[slots[start : start + step]]) for start in range(0, len(slots), step)]
+                    [self._moved(segment, slots[start : start + step]) for start in range(0, len(slots), step)]
                 )
             else:
+                records = segment.view((int(slots.max()) + 1) * self.spec.nbytes).reshape(-1, self.spec.nbytes)
                 moved = np.concatenate([self.append(records[run[0] : run[-1] + 1]) for run in np.split(slots, bounds)])
         self._table = self._table[self._table["number"] != token]
         return moved
+
+    def _moved(self, segment: SegmentFile, slots: np.ndarray[Any, np.dtype[np.int64]]) -> Locators:
+        """Append the records of some slots again, read as a gather reads them: a disk that fails is an error."""
+        nbytes = self.spec.nbytes
+        if segment.touchable:
+            return self.append(segment.view((int(slots.max()) + 1) * nbytes).reshape(-1, nbytes)[slots])
+        records = np.empty((len(slots), nbytes), np.uint8)
+        for run in np.split(np.arange(len(slots)), np.flatnonzero(np.diff(slots) != 1) + 1):
+            segment.read_into(int(slots[run[0]]) * nbytes, records[run[0] : run[-1] + 1].reshape(-1))
+        return self.append(records)
 
     def discard(self, token: int) -> None:
         """Unlink an emptied segment; batches that map it keep its memory until they die."""
