@@ -80,6 +80,16 @@ class PageGuard:
         if fd >= 0:
             os.close(fd)
 
+    def _bytes(self, count: int, at: int) -> bytes:
+        """Return `count` bytes of the file; fewer only where it ends."""
+        data = os.pread(self._fd, count, at)
+        while len(data) < count:  # a read may be cut short by a signal, or by a device
+            more = os.pread(self._fd, count - len(data), at + len(data))
+            if not more:
+                break
+            data += more
+        return data
+
     # --- meta pages ---
 
     def metas(self) -> list[Meta]:
@@ -95,9 +105,9 @@ class PageGuard:
         last_error: Exception | None = None
         for look in range(_LOOKS):
             try:
-                head = os.pread(self._fd, META_BYTES, 0)
+                head = self._bytes(META_BYTES, 0)
                 nbytes = page_size(head)
-                pages = [os.pread(self._fd, nbytes, number * nbytes) for number in (0, 1)]
+                pages = [self._bytes(nbytes, number * nbytes) for number in (0, 1)]
                 held = os.fstat(self._fd).st_size // nbytes
                 return self._sound(pages, held)
             except (Damage, FormatVersionError) as error:
@@ -123,11 +133,11 @@ class PageGuard:
     def seal(self, transaction: int) -> None:
         """Seal the meta page that a transaction, just committed, was written to."""
         try:
-            at = (transaction & 1) * page_size(os.pread(self._fd, META_BYTES, 0))
+            at = (transaction & 1) * page_size(self._bytes(META_BYTES, 0))
         except Damage as error:
             raise self._damaged(error) from None
-        page = os.pread(self._fd, META_BYTES, at)
-        if written_by(page) == transaction:
+        page = self._bytes(META_BYTES, at)
+        if len(page) == META_BYTES and written_by(page) == transaction:
             os.pwrite(self._fd, pack_seal(page, transaction), at + SEAL_AT)
 
     def snapshot(self, transaction: int) -> Meta | None:
@@ -249,7 +259,7 @@ class PageGuard:
         """Return how many pages values say that they have, by the first page of each: LMDB frees so many."""
         lengths = needed.copy()
         for i, number in enumerate(starts.tolist()):
-            head = os.pread(self._fd, HEADER, number * meta.page_bytes)
+            head = self._bytes(HEADER, number * meta.page_bytes)
             if len(head) < HEADER:
                 raise Damage(f"page {number} lies beyond the end of the file, which was truncated")
             own, _, flags = PAGE.unpack_from(head)[:3]
@@ -272,7 +282,7 @@ class PageGuard:
 
     def _read(self, meta: Meta, number: int, count: int) -> bytes:
         at = number * meta.page_bytes
-        page = os.pread(self._fd, count * meta.page_bytes, at) if at < 1 << 62 else b""
+        page = self._bytes(count * meta.page_bytes, at) if at < 1 << 62 else b""
         if len(page) < count * meta.page_bytes:
             raise Damage(f"page {number} lies beyond the end of the file, which was truncated")
         return page
