@@ -84,7 +84,7 @@ def test_bits_flipped_in_files(stores, judge, backend):
     if not named:
         pytest.skip("its files are LMDB's: see test_corruption_catalog.py")
     cases = []
-    for _ in range(effort.count(12, 700)):
+    for _ in range(effort.count(12, 250)):
         file = draw.choice(named)
         size = (store / file).stat().st_size
         at = draw.randrange(min(size, 64)) if draw.random() < 0.4 else draw.randrange(size)

@@ -78,7 +78,7 @@ def flips(file, name: str, quick: int) -> list[dict]:
         for at in places(data[number * PAGE : (number + 1) * PAGE], draw):
             cases.append({"kind": "flip", "file": name, "bits": [[number * PAGE + at, draw.randrange(8)]]})
     used = [case for case in cases if any(data[case["bits"][0][0] // PAGE * PAGE :][:PAGE])]
-    return draw.sample(used, min(effort.count(quick, 4000), len(used)))
+    return draw.sample(used, min(effort.count(quick, 1500), len(used)))
 
 
 @pytest.mark.parametrize("backend", ["arena", "deep"])
@@ -112,7 +112,7 @@ def test_pages_swapped_and_written_anew(stores, judge, backend):
     data = (stores[backend] / name).read_bytes()
     pages, draw = [n for n in range(len(data) // PAGE) if any(data[n * PAGE :][:PAGE])], random.Random(backend)
     verdicts = []
-    for _ in range(effort.count(12, 300)):
+    for _ in range(effort.count(12, 120)):
         a, b = draw.sample(pages, 2)
         noise = draw.choice(["00" * PAGE, "ff" * PAGE, draw.randbytes(PAGE).hex()])
         harm = draw.choice(
@@ -367,7 +367,7 @@ def test_a_backend_s_state_that_somebody_made_up(stores, judge, backend):
     kept = unseal(BACKEND, catalog_of(store)[BACKEND], store)
     draw = random.Random(backend)
     states = [b"", kept[:-1], kept + b"\0", b"\xff" * len(kept), b"\0" * len(kept), kept[:8], kept * 2]
-    for _ in range(effort.count(4, 300)):
+    for _ in range(effort.count(4, 100)):
         changed = bytearray(kept)
         at = draw.randrange(0, len(kept), 4)
         changed[at : at + 4] = draw.choice([b"\xff\xff\xff\xff", b"\0\0\0\0", b"\0\0\0\x80", draw.randbytes(4)])
