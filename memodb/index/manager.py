@@ -259,12 +259,12 @@ class IndexSet:
             if (magic, version) != (_MAGIC, _FORMAT) or crc32c(body) != checksum:
                 raise ValueError("its checksum or format does not match")
             if body[:length] != self._label():
-                return None
+                raise ValueError("it bears another store's name or another factory")
             index = FaissIndex.deserialize(body[length:], self._dim, self._factory)
             if self._source.mark(number, index.sequence) != index.mark:
                 return None  # of another history: the catalog was put back to an earlier day
         except (struct.error, ValueError) as error:
-            log.warning("saved index %s is damaged (%s); building it again from the catalog", file, error)
+            log.warning("saved index %s cannot be used (%s); building it again from the catalog", file, error)
             return None
         self._saved[number] = len(index)
         return index
