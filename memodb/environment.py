@@ -319,7 +319,7 @@ class Environment:
     def _length(self) -> tuple[int, int]:
         """Return (bytes that the pages need, bytes that the file has)."""
         needed = (self.handle.info()["last_pgno"] + 1) * self.handle.stat()["psize"]
-        return needed, (self.path / "data.mdb").stat().st_size
+        return needed, os.stat(self._data).st_size
 
     def unused(self) -> int:
         """Return about how many bytes of the file's pages hold nothing, and serve what is put next."""
