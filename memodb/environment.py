@@ -332,10 +332,10 @@ class Environment:
         """Allocate what the file has to spare, and room for `more` bytes; return why that is not to be had."""
         # On a full file system deleting must still be possible, which rewrites pages before it frees any.
         # Best effort: what precedes it is committed, so nothing that goes wrong here may look like a failed commit.
-        needed, found = self._length()
         lacking = self.growth(more)
         if not lacking:
             return None
+        needed, found = self._length()
         try:
             with (self.path / "data.mdb").open("r+b") as file:
                 try:

@@ -70,6 +70,7 @@ class PageGuard:
         self._good: set[int] = set()
         self._branches: dict[int, tuple[list[bytes], list[int]]] = {}
         self._as_of = -1
+        self._page_bytes = 0
         #: Whether every page was checked, so that nothing has to be looked at before LMDB does; and also what a writer
         #: goes by.
         self.complete = self.complete_for_writing = False
@@ -105,8 +106,7 @@ class PageGuard:
         last_error: Exception | None = None
         for look in range(_LOOKS):
             try:
-                head = self._bytes(META_BYTES, 0)
-                nbytes = page_size(head)
+                nbytes = self._page_bytes = page_size(self._bytes(META_BYTES, 0))
                 pages = [self._bytes(nbytes, number * nbytes) for number in (0, 1)]
                 held = os.fstat(self._fd).st_size // nbytes
                 return self._sound(pages, held)
@@ -131,11 +131,8 @@ class PageGuard:
         return found
 
     def seal(self, transaction: int) -> None:
-        """Seal the meta page that a transaction, just committed, was written to."""
-        try:
-            at = (transaction & 1) * page_size(self._bytes(META_BYTES, 0))
-        except Damage as error:
-            raise self._damaged(error) from None
+        """Seal the meta page that a transaction, just committed, was written to; `metas` was asked before."""
+        at = (transaction & 1) * self._page_bytes
         page = self._bytes(META_BYTES, at)
         if len(page) == META_BYTES and written_by(page) == transaction:
             os.pwrite(self._fd, pack_seal(page, transaction), at + SEAL_AT)
