@@ -186,6 +186,24 @@ def peer() -> Iterator[Callable[..., Peer]]:
         yield start
 
 
+@pytest.fixture(scope="session")
+def fault_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the library that lets calls fail (tests/reliability/fault.c), compiled; skip where it cannot be."""
+    from faults import shim
+
+    return shim(tmp_path_factory.mktemp("shim"))
+
+
+@pytest.fixture
+def template(fault_library: Path) -> Iterator[Any]:
+    """Return a process that forks a child for each fault; it ends with the test."""
+    from faults import Template
+
+    started = Template(fault_library)
+    yield started
+    started.close()
+
+
 @pytest.fixture(scope="session", autouse=True)
 def nothing_left_in_shared_memory() -> Iterator[None]:
     """Fail the run if a folder of ours is left in /dev/shm."""

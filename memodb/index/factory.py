@@ -60,7 +60,7 @@ def check_factory(factory: str, key_dim: int) -> str:
         ) from error
     if index.metric_type != faiss.METRIC_L2:
         raise InvalidOptionError(f"index {shown!r} does not measure squared L2, which memodb's distances are")
-    for part in _parts(index):
+    for part in parts(index):
         name = type(part).__name__
         for unfit, why in _UNFIT.items():
             if name.startswith(unfit):
@@ -82,7 +82,7 @@ def reason(error: RuntimeError) -> str:
     return (text.rsplit(": ", 1)[-1] if "Error in " in text else text)[:100]
 
 
-def _parts(index: Any) -> Iterator[Any]:
+def parts(index: Any) -> Iterator[Any]:
     """Yield an index and all that it is made of."""
     found = faiss.downcast_index(index)
     yield found
@@ -92,7 +92,7 @@ def _parts(index: Any) -> Iterator[Any]:
     for name in ("index", "base_index", "refine_index", "quantizer", "storage"):
         inner = getattr(found, name, None)
         if inner is not None:
-            yield from _parts(inner)
+            yield from parts(inner)
 
 
 def _try_out(index: Any, key_dim: int, shown: str) -> None:

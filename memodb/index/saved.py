@@ -16,6 +16,8 @@ from typing import Any
 import faiss as _faiss
 import numpy as np
 
+from memodb.index.factory import parts
+
 # Its stubs know a part of its names only.
 faiss: Any = _faiss
 
@@ -25,7 +27,6 @@ _FIXED = 16 << 20
 _SAME = ("d", "metric_type", "metric_arg", "code_size", "nlist", "by_residual", "is_trained", "d_in", "d_out")
 _SAME_PQ = ("d", "M", "nbits", "ksub", "dsub", "code_size")
 _SAME_SQ = ("d", "qtype", "bits", "code_size")
-_INNER = ("index", "base_index", "refine_index", "quantizer", "storage")
 
 
 def most_bytes(n: int, key_dim: int, factory: str) -> int:
@@ -88,7 +89,7 @@ os.register_at_fork(after_in_child=_after_fork_in_child)
 
 def can_be_read(index: Any) -> bool:
     """Tell whether an index of this kind can be looked through: faiss' packed ones (fast scan) end the process."""
-    return not any("FastScan" in type(part).__name__ for part in _parts(index))
+    return not any("FastScan" in type(part).__name__ for part in parts(index))
 
 
 def require_kind(found: Any, target: Any, n: int) -> None:
@@ -103,9 +104,9 @@ def require_kind(found: Any, target: Any, n: int) -> None:
         raise ValueError(f"an index of {found.ntotal} keys of width {found.d}, expected {n} of width {target.d}")
     if not can_be_read(found):
         raise ValueError("its kind is not read back")
-    here, there = list(_parts(found)), list(_parts(target))
+    here, there = list(parts(found)), list(parts(target))
     if [type(part) for part in here] != [type(part) for part in there]:
-        names = [" of ".join(type(part).__name__ for part in parts) for parts in (here, there)]
+        names = [" of ".join(type(part).__name__ for part in found_parts) for found_parts in (here, there)]
         raise ValueError(f"it is a {names[0]}, expected a {names[1]}")
     for part, wanted in zip(here, there, strict=True):
         for path, shared in (("", _SAME), ("pq", _SAME_PQ), ("sq", _SAME_SQ)):
@@ -115,18 +116,6 @@ def require_kind(found: Any, target: Any, n: int) -> None:
                 if value != expected and not (name == "is_trained" and value):
                     raise ValueError(f"{name} of its {type(part).__name__} is {value}, expected {expected}")
         _require_inside(part, n)
-
-
-def _parts(index: Any) -> Iterator[Any]:
-    found = faiss.downcast_index(index)
-    yield found
-    if isinstance(found, faiss.IndexPreTransform):
-        for i in range(found.chain.size()):
-            yield faiss.downcast_VectorTransform(found.chain.at(i))
-    for name in _INNER:
-        inner = getattr(found, name, None)
-        if inner is not None:
-            yield from _parts(inner)
 
 
 def _require_inside(part: Any, n: int) -> None:

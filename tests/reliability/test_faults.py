@@ -10,24 +10,12 @@ from collections import Counter
 
 import effort
 import pytest
-from faults import ERRORS, KINDS, OPERATIONS, Template, campaign, shim
+from faults import ERRORS, KINDS, OPERATIONS, campaign
 
 from memodb import vm
 
 #: Share of the long run.
 SHARE = 0.14
-
-
-@pytest.fixture(scope="module")
-def library(tmp_path_factory):
-    return shim(tmp_path_factory.mktemp("shim"))
-
-
-@pytest.fixture
-def template(library):
-    started = Template(library)
-    yield started
-    started.close()
 
 
 #: Of the quick run: (kind of store, operation, call, error, how long it fails). Each of them is hit at least once.

@@ -16,7 +16,7 @@ import effort
 import numpy as np
 import pytest
 from faults import KINDS as STORES
-from faults import Template, campaign, shim
+from faults import campaign
 
 import memodb
 
@@ -131,18 +131,6 @@ KINDS = {
     "lmdb": {"backend": "lmdb", "map_bytes": 1 << 20},
     "zarr": {"backend": "zarr", "shard_records": 4},
 }
-
-
-@pytest.fixture(scope="module")
-def library(tmp_path_factory):
-    return shim(tmp_path_factory.mktemp("shim"))
-
-
-@pytest.fixture
-def template(library):
-    started = Template(library)
-    yield started
-    started.close()
 
 
 #: Of the quick run.
