@@ -1,6 +1,6 @@
-"""Memoized attention for Hugging Face encoders, on a memodb database.
+"""Memoized attention for Hugging Face models, on a memodb database.
 
-A store is built once from a model and data; inside ``memoize`` the model reuses stored attention probabilities where
+A store is built once from a model and data; inside ``memoize`` the model reuses stored attention where
 a similar sequence was seen before::
 
     import memodb_transformers as mt
@@ -19,12 +19,19 @@ except ModuleNotFoundError as _error:
         f'memodb_transformers needs torch and transformers ({_error}): pip install "memodb[transformers]"'
     ) from _error
 
-from .embedding import Embedder, RandomProjection
-from .errors import InvalidBatchError, MemoizationActiveError, StoreMismatchError, UnsupportedModelError
+from .embedding import Embedder, LinearMLP, RandomProjection
+from .errors import (
+    GradientUnavailableError,
+    InvalidBatchError,
+    MemoizationActiveError,
+    StoreMismatchError,
+    UnsupportedModelError,
+)
 from .evaluation import EvaluationReport, evaluate
 from .families import Family, families
 from .memoize import Memo, memoize
-from .profiling import LayerProfile, ProfileReport, profile
+from .performance import LayerProfile, ProfileReport
+from .profiling import profile
 from .record import BuildReport, build
 from .similarity import memoization_rate, similarity_score
 from .thresholds import LEVELS
@@ -35,8 +42,10 @@ __all__ = [
     "Embedder",
     "EvaluationReport",
     "Family",
+    "GradientUnavailableError",
     "InvalidBatchError",
     "LayerProfile",
+    "LinearMLP",
     "Memo",
     "MemoizationActiveError",
     "ProfileReport",

@@ -2,247 +2,269 @@
 
 from __future__ import annotations
 
-import threading
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
 from time import perf_counter
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
-from torch import Tensor, nn
-from transformers import PreTrainedModel
+from torch import Tensor
 
 import memodb
 
-from .embedding import Embedder
-from .errors import MemoizationActiveError
-from .families import AttentionSite, ModelSites, find_sites
-from .lengths import LengthWatch
+from .caches import ScratchCache, is_empty
+from .errors import GradientUnavailableError
+from .forward import Ints, Spans, roll_back, roll_front
+from .lookup import Found, LayerCounters, Seconds, fetch
+from .product import weighted_values
+from .sites import AttentionSite
+from .store import MemoStore
 
-__all__ = ["LayerCounters", "Lookup", "MemoAttention", "find_memoizable", "namespace"]
+__all__ = ["MemoAttention"]
 
-# Keyword arguments of an attention layer that can be cut along the batch; any other tensor sends the batch the
-# original way, because nothing here could know what its axes mean.
-_SLICEABLE = frozenset({"position_ids"})
-
-
-def namespace(layer: int, length: int) -> str:
-    """Name the namespace of one layer's records of one valid length: only equal lengths may ever match."""
-    return f"layer={layer}/len={length}"
-
-
-@dataclass
-class LayerCounters:
-    """What one layer did so far. Times are wall-clock seconds.
-
-    Attributes
-    ----------
-    lookups
-        Sequences that were searched for.
-    hits
-        Sequences whose attention probabilities came from the store.
-    bypassed
-        Sequences that took the original path without a search: not right-padded, of another padded length, in
-        training, with attention weights asked for, and so on.
-    embed_seconds, search_seconds, fetch_seconds
-        Time to make keys, to search them, and to gather records into one tensor.
-    attention_seconds
-        Everything else: V projection and product of the hits, the original module for the misses.
-    """
-
-    lookups: int = 0
-    hits: int = 0
-    bypassed: int = 0
-    embed_seconds: float = 0.0
-    search_seconds: float = 0.0
-    fetch_seconds: float = 0.0
-    attention_seconds: float = 0.0
-    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
-
-    def add(self, **amounts: float) -> None:
-        """Add to several counters at once; safe from several threads."""
-        with self._lock:
-            for name, amount in amounts.items():
-                setattr(self, name, getattr(self, name) + amount)
+_CACHE = "past_key_values"
+# Another source of queries or keys than the hidden state that is looked up.
+_OTHER_SOURCES = ("query_states", "encoder_hidden_states")
+# A row of probabilities whose sum is below this has lost all it attended to by being cut.
+_NOTHING_LEFT = 1e-6
 
 
-@dataclass(frozen=True, slots=True)
-class Lookup:
-    """What a search found: ``ids`` int64 [n] (-1: nothing near enough) and squared L2 ``distances`` float32 [n]."""
-
-    ids: NDArray[np.int64]
-    distances: NDArray[np.float32]
-
-
-class MemoAttention(nn.Module):
-    """Stands in for one self-attention module; the original stays inside, unchanged.
+class MemoAttention:
+    """What an attention layer does with the records that were found for it.
 
     Parameters
     ----------
     site
-        The attention layer.
-    db
-        The memo store, records ``[heads, padded_length, padded_length]``.
-    embedder
-        Makes the keys.
-    watch
-        Knows the valid lengths of the forward that runs.
-    padded_length
-        Padded length L of the store's records; batches padded to another length take the original path.
-    threshold
-        Largest squared L2 distance of keys at which a record is reused; None: any distance.
+        The layer.
+    original
+        The module's own forward.
+    counters
+        Told what was done.
     """
 
     def __init__(
-        self,
-        site: AttentionSite,
-        db: memodb.MemoDB,
-        embedder: Embedder,
-        watch: LengthWatch,
-        padded_length: int,
-        threshold: float | None = None,
+        self, site: AttentionSite, original: Callable[..., Any], counters: LayerCounters | None = None
     ) -> None:
-        super().__init__()
-        self.original = site.module
-        self.training = site.module.training
-        self.layer = site.layer
-        self.padded_length = padded_length
-        self.threshold = threshold
-        self.counters = LayerCounters()
-        self._site = site
-        self._db = db
-        self._embedder = embedder
-        self._watch = watch
+        self.site = site
+        self.original = original
+        self.counters = counters or LayerCounters()
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """Return the original's state under the original's names: a checkpoint saved meanwhile stays loadable."""
-        return self.original.state_dict(*args, **kwargs)
-
-    def forward(
-        self,
-        hidden_states: Tensor,
-        attention_mask: Tensor | None = None,
-        past_key_values: Any = None,
-        **kwargs: Any,
-    ) -> tuple[Tensor, Tensor | None]:
-        """Attend: ``[n, L, H]`` in, ``(context [n, L, heads * head_dim], None)`` out, rows in the order given."""
-        lengths = self._watch.lengths
-        if lengths is None or not self._fits(hidden_states, lengths, attention_mask, past_key_values, kwargs):
-            self.counters.add(bypassed=hidden_states.shape[0])
-            output: tuple[Tensor, Tensor | None] = self.original(
-                hidden_states, attention_mask, past_key_values, **kwargs
-            )
-            return output
-        found = self.lookup(hidden_states, lengths)
-        return self.attend(hidden_states, lengths, found.ids, attention_mask, kwargs)
-
-    def lookup(self, hidden: Tensor, lengths: Tensor) -> Lookup:
-        """Search the store for each row of ``[n, L, H]``; rows of length 0 are left out."""
-        began = perf_counter()
-        ids = np.full(len(hidden), -1, dtype=np.int64)
-        distances = np.full(len(hidden), np.inf, dtype=np.float32)
-        keys = self._embedder.embed(self.layer, hidden, lengths)
-        # A hidden state that is NaN or infinite is the model's affair: it passes through as without memoization.
-        rows = np.flatnonzero((lengths.numpy() > 0) & np.isfinite(keys).all(axis=1))
-        embedded = perf_counter()
-        if len(rows):
-            names = [namespace(self.layer, length) for length in lengths.numpy()[rows].tolist()]
-            result = self._db.search(keys[rows], 1, namespace=names, max_distance=self.threshold)
-            ids[rows], distances[rows] = result.ids[:, 0], result.distances[:, 0]
-        self.counters.add(
-            lookups=len(rows),
-            bypassed=len(hidden) - len(rows),
-            embed_seconds=embedded - began,
-            search_seconds=perf_counter() - embedded,
-        )
-        return Lookup(ids, distances)
+    def can_reuse(self, call: Mapping[str, Any], rows: int) -> bool:
+        """Tell whether all that the layer was called with is understood, so that it can be cut along the batch."""
+        hidden, cache = call.get("hidden_states"), call.get(_CACHE)
+        if not isinstance(hidden, Tensor) or hidden.dim() != 3 or hidden.shape[0] != rows or not rows:
+            return False
+        if any(call.get(name) is not None for name in _OTHER_SOURCES) or call.get("output_attentions"):
+            return False
+        if not isinstance(call.get("attention_mask"), Tensor | None):
+            return False  # a mask of blocks
+        if cache is not None and not (self.site.family.caches and is_empty(cache, self._cache_index)):
+            return False
+        family = self.site.family
+        for name, value in call.items():
+            if name in ("hidden_states", _CACHE) or name in family.common_arguments:
+                continue
+            for tensor in _tensors(value):
+                if name not in family.batch_arguments or tensor.dim() == 0 or tensor.shape[0] not in (1, rows):
+                    return False
+        return True
 
     def attend(
         self,
-        hidden: Tensor,
-        lengths: Tensor,
-        ids: NDArray[np.int64],
-        attention_mask: Tensor | None = None,
-        kwargs: dict[str, Any] | None = None,
-    ) -> tuple[Tensor, Tensor | None]:
-        """Attend with the records ``ids`` int64 [n]; rows whose id is -1 are computed by the original module."""
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        call: Mapping[str, Any],
+        spans: Spans,
+        store: MemoStore,
+        found: Found,
+        *,
+        seconds: Seconds | None = None,
+    ) -> Any:
+        """Attend with the records found; rows without one are computed by the original module.
+
+        Parameters
+        ----------
+        args, kwargs
+            The call, as it was made.
+        call
+            The same, by name.
+        spans
+            Where the sequences lie.
+        store
+            The store that ``found`` was found in.
+        found
+            Ids of this layer's records.
+        seconds
+            What the call has taken so far.
+
+        Returns
+        -------
+        tuple
+            What the module returns: the output ``[n, L, H]``, and None for the probabilities.
+        """
+        seconds = seconds or Seconds()
         began = perf_counter()
-        kwargs = kwargs or {}
-        batch, ids = self._fetch(ids)
-        fetch_seconds = perf_counter() - began if batch is not None else 0.0
+        batch, ids = fetch(store.db, found.ids)
+        seconds.fetch += perf_counter() - began
         hits = np.flatnonzero(ids >= 0)
         if batch is None:
-            context = self.original(hidden, attention_mask, None, **kwargs)[0]
-        elif len(hits) == len(hidden):
-            context = self._reuse(hidden, lengths, batch)
+            began = perf_counter()
+            output = self.original(*args, **kwargs)
+            seconds.misses += perf_counter() - began
         else:
-            hit_rows = torch.from_numpy(hits)
-            miss_rows = torch.from_numpy(np.flatnonzero(ids < 0))
-            here = miss_rows.to(hidden.device)
-            part = {name: _rows(value, here, len(hidden)) for name, value in kwargs.items()}
-            missed = self.original(hidden[here], _rows(attention_mask, here, len(hidden)), None, **part)[0]
-            reused = self._reuse(hidden[hit_rows.to(hidden.device)], lengths[hit_rows], batch)
-            context = missed.new_empty((len(hidden), *missed.shape[1:]))
-            context[here] = missed
-            context[hit_rows.to(hidden.device)] = reused.to(missed.dtype)
-        del batch  # the window of this gather is free for the next one
-        self.counters.add(
-            hits=len(hits),
-            fetch_seconds=fetch_seconds,
-            attention_seconds=perf_counter() - began - fetch_seconds,
+            output = self._merge(call, spans, store, batch, found, hits, seconds), None
+        self.counters.count(hits=len(hits), seconds=seconds)
+        return output
+
+    @property
+    def _cache_index(self) -> int:
+        return int(getattr(self.site.module, "layer_idx", self.site.layer) or 0)
+
+    def _merge(
+        self,
+        call: Mapping[str, Any],
+        spans: Spans,
+        store: MemoStore,
+        batch: memodb.MappedBatch,
+        found: Found,
+        hits: Ints,
+        seconds: Seconds,
+    ) -> Tensor:
+        """Put the rows of hits and misses together, and fill the cache once."""
+        cache = call.get(_CACHE)
+        began, spent = perf_counter(), seconds.accounted
+        if len(hits) == len(spans):
+            output, keys, values = self._reuse(call, spans, store, batch, found.lengths, seconds)
+        else:
+            hidden: Tensor = call["hidden_states"]
+            n = len(spans)
+            misses = np.setdiff1d(np.arange(n), hits)
+            scratch = ScratchCache() if cache is not None else None
+            sub = self._take(call, misses, n)
+            if scratch is not None:
+                sub[_CACHE] = scratch
+            started = perf_counter()
+            missed = self.original(**sub)[0]
+            seconds.misses += perf_counter() - started
+            part = self._take(call, hits, n)
+            reused, keys, values = self._reuse(part, spans.take(hits), store, batch, found.lengths[hits], seconds)
+            rows = torch.from_numpy(np.concatenate([misses, hits]).argsort()).to(hidden.device)
+            output = torch.cat([missed, reused.to(missed.dtype)])[rows]
+            if scratch is not None:
+                assert scratch.keys is not None
+                assert scratch.values is not None
+                assert keys is not None
+                assert values is not None
+                keys, values = torch.cat([scratch.keys, keys])[rows], torch.cat([scratch.values, values])[rows]
+        if cache is not None:
+            cache.update(keys, values, self._cache_index)
+        seconds.rest += perf_counter() - began - (seconds.accounted - spent)
+        return output
+
+    def _reuse(
+        self,
+        call: Mapping[str, Any],
+        spans: Spans,
+        store: MemoStore,
+        batch: memodb.MappedBatch,
+        lengths: Ints,
+        seconds: Seconds,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Compute rows that all have a record: no Q, no scores, and K for a cache only."""
+        hidden: Tensor = call["hidden_states"]
+        caching = call.get(_CACHE) is not None
+        with torch.no_grad():
+            began = perf_counter()
+            keys = self.site.keys(hidden, call) if caching else None
+            value = self.site.values(hidden) if caching or store.target == "probs" else None
+            projected = perf_counter()
+            records = batch.torch().to(hidden.device)
+            if store.target == "context":
+                context = records[:, : spans.padded].to(hidden.dtype)
+            else:
+                assert value is not None
+                context = self._context(records, value, spans, lengths)
+            product = perf_counter()
+            context = roll_back(context, spans.starts)
+            output = self.site.finish(context, hidden)
+            if store.target == "context" and output is context:
+                output = output.clone()  # what leaves the layer may be written to; the pages of the store may not
+            seconds.value += projected - began
+            seconds.product += product - projected
+            seconds.rest += perf_counter() - product
+        if torch.is_grad_enabled() and hidden.requires_grad:
+            output = _Reused.apply(hidden, output)  # type: ignore[no-untyped-call]
+        return output, keys, None if value is None else value.transpose(1, 2)
+
+    def _take(self, call: Mapping[str, Any], rows: Ints, n: int) -> dict[str, Any]:
+        """Cut the rows out of all arguments that have one for each; what is broadcast over the batch stays whole."""
+        cut = self.site.family.batch_arguments | {"hidden_states"}
+        return {name: _rows(value, rows, n) if name in cut else value for name, value in call.items()}
+
+    def _context(self, records: Tensor, value: Tensor, spans: Spans, lengths: Ints) -> Tensor:
+        """Multiply records with V, both turned so that the tokens begin at 0: ``[n, L, heads * head_dim]``."""
+        probabilities = records[:, :, : spans.padded, : spans.padded]
+        value = roll_front(value, spans.starts)
+        valid = torch.from_numpy(spans.lengths).to(value.device)[:, None]
+        padding = torch.arange(spans.padded, device=value.device) >= valid  # [n, L]
+        padded = bool((spans.lengths < spans.padded).any())
+        whole = value
+        if padded:
+            # Records are zero in the columns of padding. V is blanked there as well, so that whatever a store holds,
+            # and even if padding holds NaN, no token can attend to it.
+            value = value.masked_fill(padding[:, :, None, None], 0.0)
+        context = weighted_values(probabilities, value)
+        cut = lengths > spans.lengths
+        if cut.any():
+            context = self._renormalised(context, probabilities, value, padding, torch.from_numpy(cut))
+        if padded and self.site.family.masks_rows:
+            # These rows are masked as a whole: a softmax of equal scores, over all positions.
+            groups = context.shape[-1] // (whole.shape[2] * whole.shape[3])
+            mean = whole.float().mean(dim=1).repeat_interleave(groups, dim=1).flatten(1).to(context.dtype)
+            context = torch.where(padding[:, :, None], mean[:, None], context)
+        return context
+
+    def _renormalised(
+        self, context: Tensor, probabilities: Tensor, value: Tensor, padding: Tensor, cut: Tensor
+    ) -> Tensor:
+        """Let the rows of records that were cut sum to 1 again; rows that lost all attend to all tokens alike."""
+        present = (~padding).float()[:, :, None, None]
+        sums = weighted_values(probabilities, present)  # [n, L, heads]
+        counts = present.sum(dim=(1, 2, 3)).clamp(min=1)
+        mean = value.float().sum(dim=1) / counts[:, None, None]
+        mean = mean.repeat_interleave(sums.shape[-1] // mean.shape[1], dim=1)  # [n, heads, head_dim]
+        by_head = context.unflatten(-1, (sums.shape[-1], -1)).float()
+        scaled = torch.where(
+            sums[..., None] < _NOTHING_LEFT, mean[:, None], by_head / sums[..., None].clamp(min=_NOTHING_LEFT)
         )
-        return context, None
+        return torch.where(cut.to(context.device)[:, None, None], scaled.flatten(2).to(context.dtype), context)
 
-    def _fetch(self, ids: NDArray[np.int64]) -> tuple[memodb.MappedBatch | None, NDArray[np.int64]]:
-        """Gather the records of the hits; what was deleted since the search is a miss. None: no hit is left."""
-        while (ids >= 0).any():
-            try:
-                return self._db.multiget_mapped(ids[ids >= 0]), ids
-            except memodb.RecordNotFoundError:
-                ids = np.where([i >= 0 and i in self._db for i in ids.tolist()], ids, -1)
-        return None, ids
 
-    def _reuse(self, hidden: Tensor, lengths: Tensor, batch: memodb.MappedBatch) -> Tensor:
-        """Multiply the records of ``batch`` with V of ``hidden``; no Q, no K, no scores."""
-        probabilities = batch.torch()
-        rows, padded_length = hidden.shape[:2]
-        value = self._site.projection("value")(hidden)
-        split = value.view(rows, padded_length, self._site.heads, self._site.head_dim).transpose(1, 2).float()
-        # Records are zero in the columns of padding. V is blanked there as well, so that whatever a store holds,
-        # and even if padding holds NaN, no token can attend to it.
-        padding = torch.arange(padded_length) >= lengths[:, None]
-        if bool(padding.any()):
-            split = split.masked_fill(padding[:, None, :, None].to(hidden.device), 0.0)
-        # Stores may hold halves; the product is in float32, which CPUs multiply far faster.
-        context = torch.matmul(probabilities.to(hidden.device).float(), split)
-        return context.transpose(1, 2).reshape(rows, padded_length, -1).to(value.dtype)
+class _Reused(torch.autograd.Function):
+    """Marks what came from a store: there is no way back through it."""
 
-    def _fits(
-        self, hidden: Tensor, lengths: Tensor, attention_mask: Any, past_key_values: Any, kwargs: dict[str, Any]
-    ) -> bool:
-        return (
-            hidden.dim() == 3
-            and hidden.shape[0] == len(lengths) > 0
-            and hidden.shape[1] == self.padded_length
-            and past_key_values is None
-            and not self.original.training
-            and (attention_mask is None or isinstance(attention_mask, Tensor))
-            and not any(isinstance(value, Tensor) for name, value in kwargs.items() if name not in _SLICEABLE)
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, output: Tensor) -> Tensor:
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> Any:
+        raise GradientUnavailableError(
+            "expected no gradient through reused attention: the layer was not computed but looked up. Run the model "
+            "outside of the memoize block, or in training mode, where nothing is reused"
         )
 
 
-def find_memoizable(model: PreTrainedModel) -> ModelSites:
-    """Find the attention layers of a model that is not memoized at present."""
-    if isinstance(model, PreTrainedModel) and any(isinstance(module, MemoAttention) for module in model.modules()):
-        raise MemoizationActiveError(
-            "the model is inside a memoize block already: leave that first, or use another instance of the model"
-        )
-    return find_sites(model)
+def _tensors(value: Any) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value]
+    return [part for item in value for part in _tensors(item)] if isinstance(value, tuple | list) else []
 
 
-def _rows(value: Any, rows: Tensor, batch: int) -> Any:
-    """Cut the rows of a batch out of a mask; what is broadcast over the batch, or is no tensor, stays whole."""
-    if isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == batch and batch > 1:
-        return value[rows]
+def _rows(value: Any, rows: Ints, n: int) -> Any:
+    if isinstance(value, Tensor):
+        whole = value.dim() == 0 or value.shape[0] != n
+        return value if whole else value[torch.from_numpy(rows).to(value.device)]
+    if isinstance(value, tuple | list):
+        return type(value)(_rows(item, rows, n) for item in value)
     return value

@@ -1,9 +1,10 @@
-"""Look into a model's attention layers while it runs: their inputs, their probabilities, and the calls themselves."""
+"""Look into a model's attention layers while it runs: their inputs, their probabilities, their contexts."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,9 +12,43 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .errors import InvalidBatchError
-from .families import AttentionSite, ModelSites
+from .forward import ForwardWatch
+from .sites import AttentionSite, ModelSites, patched
 
-__all__ = ["attention_implementation", "attention_outputs", "in_inference", "model_inputs"]
+__all__ = ["Visit", "attention_implementation", "attention_visits", "in_inference", "model_inputs"]
+
+
+@dataclass(frozen=True, slots=True)
+class Visit:
+    """One call of an attention layer.
+
+    Attributes
+    ----------
+    site
+        The layer.
+    original
+        The module's own forward.
+    args, kwargs, call
+        What it was called with, as it was and by name.
+    probabilities
+        ``[n, heads, L, L]``, or None where the attention implementation does not give them.
+    context
+        ``[n, L, heads * head_dim]``: the attention output before the output projection.
+    """
+
+    site: AttentionSite
+    original: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    call: dict[str, Any]
+    probabilities: Tensor | None
+    context: Tensor
+
+    @property
+    def hidden(self) -> Tensor:
+        """The hidden state ``[n, L, H]`` that the layer was called with."""
+        hidden: Tensor = self.call["hidden_states"]
+        return hidden
 
 
 @contextmanager
@@ -31,34 +66,79 @@ def in_inference(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def attention_implementation(model: PreTrainedModel, name: str) -> Iterator[None]:
-    """Run a model with another attention implementation; its own is put back at the end."""
-    before = model.config._attn_implementation
-    model.set_attn_implementation(name)
+    """Run a model with another attention implementation; the own one of each of its parts is put back at the end.
+
+    Parts may have configurations of their own, with different implementations, or one that was chosen without a check:
+    so what each holds is kept and put back as it is, and not chosen again.
+    """
+    parts: list[Any] = [part for part in model.modules() if hasattr(part, "config")]
+    configs = {id(part.config): part.config for part in parts}
+    before = [(config, config._attn_implementation_internal) for config in configs.values() if _has_choice(config)]
     try:
+        for config, _ in before:
+            config._attn_implementation_internal = name
         yield
     finally:
-        if before is not None:
-            model.set_attn_implementation(before)
+        for config, own in before:
+            config._attn_implementation_internal = own
+
+
+def _has_choice(config: Any) -> bool:
+    return hasattr(config, "_attn_implementation_internal")
 
 
 @contextmanager
-def attention_outputs(
-    sites: ModelSites, receive: Callable[[AttentionSite, Tensor, tuple[Any, ...], dict[str, Any], Any], None]
+def attention_visits(
+    sites: ModelSites, receive: Callable[[Visit], None], *, probabilities: bool = False
 ) -> Iterator[None]:
-    """Call ``receive(site, hidden, args, kwargs, output)`` after each attention layer of each forward."""
+    """Call ``receive`` after each attention layer of each forward.
 
-    def hook_of(site: AttentionSite) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            hidden = args[0] if args else kwargs["hidden_states"]
-            receive(site, hidden, args, kwargs, output)
+    Parameters
+    ----------
+    sites
+        The attention layers.
+    receive
+        Called with a :class:`Visit`; the layer's output is what it is without.
+    probabilities
+        Ask modules for their probabilities that give them only when asked (DeBERTa).
+    """
+    watch = ForwardWatch(sites.encoder)
+    asked = probabilities and sites.family.asks_for_probabilities
 
-        return hook
+    def stand_in(module: nn.Module, original: Callable[..., Any]) -> Callable[..., Any]:
+        mine = [site for site in sites.layers if site.module is module]
 
-    handles = []
-    try:
-        for site in sites.layers:
-            handles.append(site.module.register_forward_hook(hook_of(site), with_kwargs=True))
+        def run(*args: Any, **kwargs: Any) -> Any:
+            site = mine[0]
+            if sites.family.shared:
+                assert watch.current is not None
+                site = sites.layers[watch.current.next_call()]
+            call = site.arguments(args, kwargs)
+            with _context_of(site) as contexts:
+                output = original(**{**call, "output_attentions": True}) if asked else original(*args, **kwargs)
+            context = contexts[0] if contexts else output[0]
+            receive(Visit(site, original, args, kwargs, call, output[1], context))
+            return (output[0], None) if asked else output
+
+        return run
+
+    with ExitStack() as stack:
+        stack.enter_context(patched(sites, stand_in))
+        stack.callback(watch.detach)
+        watch.attach()
         yield
+
+
+@contextmanager
+def _context_of(site: AttentionSite) -> Iterator[list[Tensor]]:
+    """Catch the input of the part that projects the context; nothing where the module returns the context itself."""
+    caught: list[Tensor] = []
+    handles = [
+        part.register_forward_pre_hook(lambda _, args: caught.append(args[0]))
+        for part in site.family.finish.modules(site.module)
+    ]
+    try:
+        yield caught
     finally:
         for handle in handles:
             handle.remove()

@@ -33,7 +33,9 @@ def _build(arguments: argparse.Namespace) -> Any:
         model,
         batches,
         arguments.store,
+        target=arguments.target,
         store_dtype=arguments.store_dtype,
+        buckets=arguments.buckets,
         backend=arguments.backend,
         key_dim=arguments.key_dim,
         seed=arguments.seed,
@@ -55,19 +57,32 @@ def _evaluate(arguments: argparse.Namespace) -> Any:
     model, batches = _load(arguments)
     layers = arguments.layers
     if layers not in ("profiled", "all"):
-        try:
-            layers = [int(layer) for layer in layers.split(",")]
-        except ValueError as error:
-            raise ValueError(f"expected --layers profiled, all or numbers such as 0,3,5; found {layers!r}") from error
+        layers = _numbers("--layers profiled, all or", layers)
     return evaluate(
         model,
         batches,
         arguments.store,
         levels=arguments.levels.split(","),
         layers=layers,
+        lookup=arguments.lookup,
+        length_tolerance=arguments.length_tolerance,
         repeats=arguments.repeats,
         progress=arguments.progress,
     )
+
+
+def _numbers(option: str, text: str) -> list[int]:
+    try:
+        return [int(number) for number in text.split(",")]
+    except ValueError as error:
+        raise ValueError(f"expected {option} numbers such as 0,3,5; found {text!r}") from error
+
+
+def _lengths(text: str) -> list[int]:
+    try:
+        return _numbers("lengths,", text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def _load(arguments: argparse.Namespace) -> tuple[Any, list[Any]]:
@@ -85,7 +100,12 @@ def _load(arguments: argparse.Namespace) -> tuple[Any, list[Any]]:
     model = kind.from_pretrained(arguments.model, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
     batches = to_batches(
-        tokenizer, sentences, labels, padded_length=arguments.padded_length, batch_size=arguments.batch_size
+        tokenizer,
+        sentences,
+        labels,
+        padded_length=arguments.padded_length,
+        batch_size=arguments.batch_size,
+        buckets=arguments.buckets or (),
     )
     return model, batches
 
@@ -93,7 +113,7 @@ def _load(arguments: argparse.Namespace) -> tuple[Any, list[Any]]:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="memodb-transformers",
-        description="Memoize the attention of BERT-like encoders: build a store, profile it, evaluate it.",
+        description="Memoize the attention of a transformers classifier: build a store, profile it, evaluate it.",
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
@@ -104,6 +124,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     common.add_argument("store", help="folder of the memo store")
     common.add_argument("--padded-length", type=int, default=64, metavar="L", help="tokens of a sequence (default 64)")
+    common.add_argument(
+        "--buckets", type=_lengths, metavar="L,L", help="lengths with a store for each, such as 64,128,256"
+    )
     common.add_argument("--batch-size", type=int, default=32, metavar="N", help="sequences a batch (default 32)")
     common.add_argument("--limit", type=int, metavar="N", help="use N sentences, evenly spread over the file")
     common.add_argument("--json", action="store_true", help="print JSON instead of Markdown")
@@ -111,7 +134,8 @@ def _parser() -> argparse.ArgumentParser:
         "--progress", action=argparse.BooleanOptionalAction, help="progress bars (default: on a terminal)"
     )
 
-    build = commands.add_parser("build", parents=[common], help="record attention probabilities into a new store")
+    build = commands.add_parser("build", parents=[common], help="record what attention computes into a new store")
+    build.add_argument("--target", default="probs", help="probs, the probabilities (default), or context, the output")
     build.add_argument("--store-dtype", default="float32", help="dtype of the records (default float32)")
     build.add_argument("--backend", default="arena", help="backend of the store (default arena)")
     build.add_argument("--key-dim", type=int, default=128, help="components of a key (default 128)")
@@ -125,6 +149,10 @@ def _parser() -> argparse.ArgumentParser:
     evaluate = commands.add_parser("evaluate", parents=[common], help="compare with and without memoization")
     evaluate.add_argument("--levels", default="conservative,moderate,aggressive", help="comma-separated levels")
     evaluate.add_argument("--layers", default="profiled", help="profiled, all, or numbers such as 0,3,5")
+    evaluate.add_argument("--lookup", default="layer", help="layer: each searches (default); sequence: one for all")
+    evaluate.add_argument(
+        "--length-tolerance", type=int, default=0, metavar="N", help="reuse records of up to N more tokens (default 0)"
+    )
     evaluate.add_argument("--repeats", type=int, default=3, help="timed passes of each row (default 3)")
     evaluate.set_defaults(run=_evaluate)
     return parser

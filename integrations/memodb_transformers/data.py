@@ -60,9 +60,17 @@ def read_text(path: str | os.PathLike[str], limit: int | None = None) -> tuple[l
 
 
 def to_batches(
-    tokenizer: Any, sentences: Sequence[str], labels: Sequence[int] | None, *, padded_length: int, batch_size: int
+    tokenizer: Any,
+    sentences: Sequence[str],
+    labels: Sequence[int] | None,
+    *,
+    padded_length: int,
+    batch_size: int,
+    buckets: Sequence[int] = (),
 ) -> list[dict[str, Tensor]]:
     """Tokenize sentences into batches, all padded on the right, or cut, to one length.
+
+    With buckets, sentences of like length come together, and each batch is padded to the smallest bucket that holds it.
 
     Parameters
     ----------
@@ -74,24 +82,34 @@ def to_batches(
         Tokens L of every sequence.
     batch_size
         Sequences a batch; the last one may be smaller.
+    buckets
+        Lengths to choose from, instead of ``padded_length``.
 
     Returns
     -------
     list of dict
         ``input_ids``, ``attention_mask`` int64 ``[n, L]`` and, with labels, ``labels`` int64 ``[n]``.
     """
+    lengths = sorted(buckets) or [padded_length]
+    order = list(range(len(sentences)))
+    counts = [0] * len(sentences)
+    if buckets:
+        counts = [len(ids) for ids in tokenizer(list(sentences), truncation=True, max_length=lengths[-1])["input_ids"]]
+        order.sort(key=counts.__getitem__)
     batches = []
     for start in range(0, len(sentences), batch_size):
+        rows = order[start : start + batch_size]
+        longest = max(counts[row] for row in rows)
         encoded = tokenizer(
-            list(sentences[start : start + batch_size]),
+            [sentences[row] for row in rows],
             padding="max_length",
             padding_side="right",
             truncation=True,
-            max_length=padded_length,
+            max_length=next(length for length in lengths if length >= longest),
             return_tensors="pt",
         )
         batch = {name: encoded[name] for name in ("input_ids", "attention_mask")}
         if labels is not None:
-            batch["labels"] = torch.tensor(labels[start : start + batch_size])
+            batch["labels"] = torch.tensor([labels[row] for row in rows])
         batches.append(batch)
     return batches

@@ -1,11 +1,13 @@
 """Embedders: from the hidden state of a sequence to the key it is searched by.
 
 An embedder must be far cheaper than what a hit saves, the Q and K projections and the scores. So there is a small
-protocol, which trained embedders meet too, and one that needs no training: :class:`RandomProjection`.
+protocol, one embedder that needs no training, :class:`RandomProjection`, and the form of the AttMemo paper's,
+:class:`LinearMLP`.
 """
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -15,7 +17,7 @@ from torch import Tensor
 
 from .errors import StoreMismatchError
 
-__all__ = ["Embedder", "RandomProjection", "load_embedder"]
+__all__ = ["Embedder", "LinearMLP", "RandomProjection", "load_embedder"]
 
 
 @runtime_checkable
@@ -28,7 +30,8 @@ class Embedder(Protocol):
     def embed(self, layer: int, hidden: Tensor, lengths: Tensor) -> NDArray[np.float32]:
         """Embed hidden states ``[n, L, H]`` of valid lengths int ``[n]`` into keys float32 ``[n, key_dim]``.
 
-        What stands in padded positions must not change a key.
+        Tokens begin at position 0. What stands in padded positions must not change a key, nor must their number: L may
+        be less than that of the store.
         """
         ...
 
@@ -94,9 +97,10 @@ class RandomProjection:
         lengths = lengths.to(hidden.device)
         counted = torch.arange(hidden.shape[1], device=hidden.device) < lengths[:, None]
         weights = counted / lengths[:, None].clamp(min=1).sqrt()
-        mixed = torch.bmm(self._signs * weights[:, None, :], hidden.float())  # [n, mixes, H]
+        signs = self._signs[:, : hidden.shape[1]]
+        mixed = torch.bmm(signs * weights[:, None, :], hidden.float())  # [n, mixes, H]
         keys = torch.bmm(mixed.transpose(0, 1), self._projection)  # [mixes, n, components]
-        flat: NDArray[np.float32] = keys.transpose(0, 1).flatten(1).cpu().numpy()
+        flat: NDArray[np.float32] = keys.detach().transpose(0, 1).flatten(1).cpu().numpy()
         return flat
 
     def config(self) -> dict[str, Any]:
@@ -112,6 +116,71 @@ class RandomProjection:
             self._signs, self._projection = self._signs.to(hidden.device), self._projection.to(hidden.device)
 
 
+class LinearMLP:
+    """The embedder of the AttMemo paper (its section 5.2): three layers of linear neurons on the flattened state.
+
+    As no layer bends what goes through it, all three are one matrix of ``L * H`` by ``key_dim`` and a bias, for each
+    attention layer of the model; that is what is kept and multiplied. The matrix is read as a whole for every batch, so
+    large batches embed a sequence far more cheaply than small ones.
+
+    Parameters
+    ----------
+    weights
+        float32 ``[layers, L * H, key_dim]``.
+    biases
+        float32 ``[layers, key_dim]``.
+    """
+
+    kind = "linear-mlp"
+
+    def __init__(self, weights: NDArray[np.float32], biases: NDArray[np.float32]) -> None:
+        if weights.ndim != 3 or biases.shape != (weights.shape[0], weights.shape[2]):
+            raise StoreMismatchError(
+                f"expected weights [layers, L * H, key_dim] and biases [layers, key_dim]; found {list(weights.shape)} "
+                f"and {list(biases.shape)}"
+            )
+        self.key_dim = weights.shape[2]
+        self._weights = torch.from_numpy(np.ascontiguousarray(weights, dtype=np.float32))
+        self._biases = torch.from_numpy(np.ascontiguousarray(biases, dtype=np.float32))
+
+    @classmethod
+    def create(
+        cls, padded_length: int, hidden_size: int, layers: int, *, key_dim: int = 128, width: int = 128, seed: int = 0
+    ) -> LinearMLP:
+        """Draw untrained layers ``L * H -> width -> width -> key_dim``, for each attention layer."""
+        random = np.random.default_rng(seed)
+        sizes = (padded_length * hidden_size, width, width, key_dim)
+        weights = np.empty((layers, sizes[0], key_dim), dtype=np.float32)
+        for layer in range(layers):
+            first, second, third = (
+                random.standard_normal((fan_in, fan_out), dtype=np.float32) / np.float32(np.sqrt(fan_in))
+                for fan_in, fan_out in pairwise(sizes)
+            )
+            np.matmul(first, second @ third, out=weights[layer])
+        return cls(weights, np.zeros((layers, key_dim), dtype=np.float32))
+
+    def embed(self, layer: int, hidden: Tensor, lengths: Tensor) -> NDArray[np.float32]:
+        """Embed hidden states ``[n, L, H]`` with the layer's own matrix."""
+        if self._weights.device != hidden.device:
+            self._weights, self._biases = self._weights.to(hidden.device), self._biases.to(hidden.device)
+        padded = hidden.shape[1]
+        if bool((lengths < padded).any()):
+            counted = torch.arange(padded, device=hidden.device) < lengths.to(hidden.device)[:, None]
+            hidden = hidden.masked_fill(~counted[:, :, None], 0.0)
+        flat = hidden.detach().reshape(len(hidden), -1).float()
+        keys = torch.addmm(self._biases[layer], flat, self._weights[layer, : flat.shape[1]])
+        found: NDArray[np.float32] = keys.cpu().numpy()
+        return found
+
+    def config(self) -> dict[str, Any]:
+        """Return the kind."""
+        return {"kind": self.kind}
+
+    def arrays(self) -> dict[str, NDArray[Any]]:
+        """Return matrices and biases."""
+        return {"weights": self._weights.cpu().numpy(), "biases": self._biases.cpu().numpy()}
+
+
 def load_embedder(config: dict[str, Any], arrays: dict[str, NDArray[Any]]) -> Embedder:
     """Make an embedder again from what its ``config()`` and ``arrays()`` returned.
 
@@ -120,12 +189,17 @@ def load_embedder(config: dict[str, Any], arrays: dict[str, NDArray[Any]]) -> Em
     StoreMismatchError
         The kind is not one that this version knows, or arrays are missing.
     """
-    if config.get("kind") != RandomProjection.kind:
+    kinds: dict[str, tuple[type[RandomProjection | LinearMLP], tuple[str, str]]] = {
+        RandomProjection.kind: (RandomProjection, ("signs", "projection")),
+        LinearMLP.kind: (LinearMLP, ("weights", "biases")),
+    }
+    if config.get("kind") not in kinds:
         raise StoreMismatchError(
-            f"expected an embedder of kind 'projection'; found {config.get('kind')!r}: the store was written by "
-            "another version of memodb_transformers"
+            f"expected an embedder of kind {' or '.join(map(repr, kinds))}; found {config.get('kind')!r}: the store "
+            "was written by another version of memodb_transformers"
         )
-    missing = {"signs", "projection"} - arrays.keys()
+    kind, names = kinds[config["kind"]]
+    missing = set(names) - arrays.keys()
     if missing:
         raise StoreMismatchError(f"the embedder lacks its arrays {sorted(missing)}: build the store again")
-    return RandomProjection(arrays["signs"], arrays["projection"])
+    return kind(arrays[names[0]], arrays[names[1]])

@@ -6,6 +6,7 @@
     ├── UnsupportedModelError    (TypeError)      no attention family that can be memoized
     ├── StoreMismatchError       (ValueError)     the store was built from another model, or is no memo store
     ├── MemoizationActiveError   (RuntimeError)   the model is memoized already
+    ├── GradientUnavailableError (RuntimeError)   a gradient through attention that was reused
     └── InvalidBatchError        (ValueError)     batches that cannot be recorded
 """
 
@@ -13,7 +14,13 @@ from __future__ import annotations
 
 from memodb import MemoDBError
 
-__all__ = ["InvalidBatchError", "MemoizationActiveError", "StoreMismatchError", "UnsupportedModelError"]
+__all__ = [
+    "GradientUnavailableError",
+    "InvalidBatchError",
+    "MemoizationActiveError",
+    "StoreMismatchError",
+    "UnsupportedModelError",
+]
 
 
 class UnsupportedModelError(MemoDBError, TypeError):
@@ -26,6 +33,10 @@ class StoreMismatchError(MemoDBError, ValueError):
 
 class MemoizationActiveError(MemoDBError, RuntimeError):
     """The model is inside a ``memoize`` block already."""
+
+
+class GradientUnavailableError(MemoDBError, RuntimeError):
+    """A gradient was asked for through attention that came from a store."""
 
 
 class InvalidBatchError(MemoDBError, ValueError):

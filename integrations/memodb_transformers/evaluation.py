@@ -15,12 +15,13 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from .attention import find_memoizable
 from .capture import attention_implementation, in_inference, model_inputs
+from .choices import check_lookup, resolve_thresholds
 from .errors import InvalidBatchError
-from .memoize import Memo, resolve_thresholds
+from .memoize import Memo
 from .reports import markdown_table
-from .store import ModelCard, open_store
+from .sites import find_memoizable
+from .store import ModelCard, open_stores
 
 __all__ = ["EvaluationReport", "evaluate"]
 
@@ -72,6 +73,8 @@ def evaluate(
     levels: Sequence[str] = ("conservative", "moderate", "aggressive"),
     kinds: Sequence[str] = _KINDS,
     layers: str | Sequence[int] = "profiled",
+    lookup: str = "layer",
+    length_tolerance: int = 0,
     repeats: int = 3,
     progress: bool | None = None,
 ) -> EvaluationReport:
@@ -87,7 +90,7 @@ def evaluate(
         A model and the store that was built of it.
     batches
         Dicts of ``input_ids``, ``attention_mask`` and, for accuracy, ``labels`` [n].
-    levels, layers
+    levels, layers, lookup, length_tolerance
         As in :func:`memoize`.
     kinds
         ``"plain"`` (no memoization) and ``"nearest"`` (the nearest record within the threshold).
@@ -123,9 +126,16 @@ def evaluate(
     if not data:
         raise InvalidBatchError("expected at least one batch; found none")
     disable = None if progress is None else not progress
-    with open_store(path, ModelCard.of(sites)) as store, in_inference(model):
+    with open_stores(path, ModelCard.of(sites)) as stores, in_inference(model):
+        check_lookup(stores, lookup, length_tolerance)
         memos = {
-            level: Memo(sites, store, resolve_thresholds(store, level, None, layers))
+            level: Memo(
+                sites,
+                stores,
+                {length: resolve_thresholds(store, level, None, layers, lookup) for length, store in stores.items()},
+                lookup=lookup,
+                length_tolerance=length_tolerance,
+            )
             for level in (levels if "nearest" in kinds else ())
         }
         runs: dict[tuple[str, str | None], Any] = {("plain", None): None, ("eager", None): None}
@@ -153,7 +163,7 @@ def evaluate(
                     if memo is not None:
                         stats[str(run[1])] = memo.stats()
                     bar.update()
-        record_bytes = len(store.db) * store.card.heads * store.padded_length**2 * _itemsize(store.store_dtype)
+        record_bytes = sum(len(store.db) * store.db.spec.nbytes for store in stores.values())
     medians = {run: statistics.median(times) for run, times in seconds.items()}
     plain, eager = ("plain", None), ("eager", None)
     rows = []
@@ -198,8 +208,3 @@ def _agreement(predicted: list[Tensor], plain: list[Tensor]) -> float | None:
         return None
     same = sum(int((p == q).sum()) for p, q in zip(predicted, plain, strict=True))
     return same / sum(len(q) for q in plain)
-
-
-def _itemsize(dtype: str) -> int:
-    found = getattr(torch, dtype)
-    return int(found.itemsize)

@@ -1,19 +1,16 @@
-"""Which architectures can be memoized: one frozen row each, and the search for their attention layers in a model.
+"""Which architectures can be memoized: one frozen row each.
 
-A row says which class is the self-attention, where it hangs, and how its parts are called. Only encoders are listed:
-every position of a record may depend on every other, which a causal model's growing cache does not allow.
+A row says which class is the self-attention, where it hangs, how it projects K and V, how it ends, and what its
+arguments mean. Nothing is imported from the models: classes are told by their names.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from torch import nn
-from transformers import PreTrainedModel
+from .projections import Finish, FusedConv1D, FusedLinear, Interleaved, Nothing, Output, Projection, Residual, Separate
 
-from .errors import UnsupportedModelError
-
-__all__ = ["AttentionSite", "Family", "ModelSites", "families", "find_sites"]
+__all__ = ["Family", "families"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,16 +24,34 @@ class Family:
     module
         Dotted module that defines the classes. It is compared with a model's classes by name and never imported.
     attention_class
-        Class of the self-attention. Its forward takes ``hidden_states [n, L, H]``, ``attention_mask`` and
-        ``past_key_values`` and returns ``(context [n, L, heads * head_dim], probabilities or None)``.
+        Class of the self-attention. Its forward takes ``hidden_states [n, L, H]`` and returns ``(output, probabilities
+        or None)``.
     model_class
-        Class of the bare encoder: the one that sees the 2-D attention mask of the caller.
+        Class of the bare encoder or decoder: the one that sees the 2-D attention mask of the caller.
     attribute
         Name under which the attention hangs at its parent.
-    query, key, value
-        Names of the three projections.
+    projection
+        How K and V are projected.
+    finish
+        What comes after the context.
     heads, head_dim
-        Names of the attributes with the number of heads and the width of one.
+        Names of attributes: heads in the module's configuration (``config.<heads>``), width of one in the module.
+    causal
+        Whether a position attends to earlier ones only.
+    rotary
+        Whether K is rotated before it is cached, by the ``position_embeddings`` the module is called with.
+    caches
+        Whether the module fills a key/value cache.
+    shared
+        Whether one module serves several layers, so that layers are told apart by the order of calls.
+    asks_for_probabilities
+        Whether probabilities are returned for ``output_attentions=True`` (outside the attention registry), or by the
+        eager implementation.
+    masks_rows
+        Whether positions of padding attend to nothing, which makes their probabilities all equal.
+    batch_arguments, common_arguments
+        Tensors the module is called with: those with one row for each sequence, or one for all; and those of no batch.
+        Any other tensor sends the batch the original way.
     """
 
     name: str
@@ -44,21 +59,31 @@ class Family:
     attention_class: str
     model_class: str
     attribute: str = "self"
-    query: str = "query"
-    key: str = "key"
-    value: str = "value"
+    projection: Projection = field(default_factory=Separate)
+    finish: Finish = field(default_factory=Nothing)
     heads: str = "num_attention_heads"
     head_dim: str = "attention_head_size"
+    causal: bool = False
+    rotary: bool = False
+    caches: bool = False
+    shared: bool = False
+    asks_for_probabilities: bool = False
+    masks_rows: bool = False
+    batch_arguments: frozenset[str] = frozenset({"attention_mask", "position_ids"})
+    common_arguments: frozenset[str] = frozenset()
+
+
+def _modeling(name: str) -> str:
+    folder = name.replace("-", "_")
+    return f"transformers.models.{folder}.modeling_{folder}"
 
 
 def _bert_like(name: str, prefix: str) -> Family:
-    return Family(
-        name=name,
-        module=f"transformers.models.{name.replace('-', '_')}.modeling_{name.replace('-', '_')}",
-        attention_class=f"{prefix}SelfAttention",
-        model_class=f"{prefix}Model",
-    )
+    return Family(name, _modeling(name), f"{prefix}SelfAttention", f"{prefix}Model")
 
+
+_ROTARY = frozenset({"attention_mask", "position_ids", "position_embeddings"})
+_DISENTANGLED = frozenset({"attention_mask", "relative_pos"})
 
 _FAMILIES = (
     _bert_like("bert", "Bert"),
@@ -66,108 +91,86 @@ _FAMILIES = (
     _bert_like("xlm-roberta", "XLMRoberta"),
     _bert_like("camembert", "Camembert"),
     _bert_like("electra", "Electra"),
+    Family(
+        "distilbert",
+        _modeling("distilbert"),
+        "DistilBertSelfAttention",
+        "DistilBertModel",
+        attribute="attention",
+        projection=Separate("q_lin", "k_lin", "v_lin"),
+        finish=Output("out_lin"),
+    ),
+    Family(
+        "albert",
+        _modeling("albert"),
+        "AlbertAttention",
+        "AlbertModel",
+        attribute="attention",
+        finish=Residual(),
+        shared=True,
+    ),
+    Family(
+        "deberta",
+        _modeling("deberta"),
+        "DisentangledSelfAttention",
+        "DebertaModel",
+        projection=Interleaved("in_proj"),
+        asks_for_probabilities=True,
+        masks_rows=True,
+        batch_arguments=_DISENTANGLED,
+        common_arguments=frozenset({"rel_embeddings"}),
+    ),
+    Family(
+        "deberta-v2",
+        _modeling("deberta-v2"),
+        "DisentangledSelfAttention",
+        "DebertaV2Model",
+        projection=Separate("query_proj", "key_proj", "value_proj"),
+        asks_for_probabilities=True,
+        masks_rows=True,
+        batch_arguments=_DISENTANGLED,
+        common_arguments=frozenset({"rel_embeddings"}),
+    ),
+    Family(
+        "modernbert",
+        _modeling("modernbert"),
+        "ModernBertAttention",
+        "ModernBertModel",
+        attribute="attn",
+        projection=FusedLinear("Wqkv"),
+        finish=Output("Wo"),
+        head_dim="head_dim",
+        batch_arguments=_ROTARY,
+    ),
+    Family(
+        "gpt2",
+        _modeling("gpt2"),
+        "GPT2Attention",
+        "GPT2Model",
+        attribute="attn",
+        projection=FusedConv1D("c_attn"),
+        finish=Output("c_proj"),
+        head_dim="head_dim",
+        causal=True,
+        caches=True,
+    ),
+    Family(
+        "llama",
+        _modeling("llama"),
+        "LlamaAttention",
+        "LlamaModel",
+        attribute="self_attn",
+        projection=Separate("q_proj", "k_proj", "v_proj"),
+        finish=Output("o_proj"),
+        head_dim="head_dim",
+        causal=True,
+        rotary=True,
+        caches=True,
+        batch_arguments=_ROTARY,
+    ),
 )
 
 
 def families() -> tuple[Family, ...]:
     """List the supported architectures, one row each."""
     return _FAMILIES
-
-
-@dataclass(frozen=True, slots=True)
-class AttentionSite:
-    """One attention layer of a model: ``getattr(parent, family.attribute) is module``."""
-
-    layer: int
-    parent: nn.Module
-    module: nn.Module
-    family: Family
-
-    @property
-    def heads(self) -> int:
-        """Number of attention heads."""
-        return int(getattr(self.module, self.family.heads))
-
-    @property
-    def head_dim(self) -> int:
-        """Width of one head."""
-        return int(getattr(self.module, self.family.head_dim))
-
-    def projection(self, which: str) -> nn.Module:
-        """Return the ``"query"``, ``"key"`` or ``"value"`` projection."""
-        projection = getattr(self.module, getattr(self.family, which))
-        assert isinstance(projection, nn.Module)
-        return projection
-
-
-@dataclass(frozen=True, slots=True)
-class ModelSites:
-    """A model's encoder, and its attention layers from the first to the last."""
-
-    encoder: nn.Module
-    layers: tuple[AttentionSite, ...]
-
-    @property
-    def family(self) -> Family:
-        """The family that all layers belong to."""
-        return self.layers[0].family
-
-    @property
-    def hidden_size(self) -> int:
-        """Width H of the hidden state that attention is called with."""
-        return int(self.encoder.config.hidden_size)  # type: ignore[union-attr, arg-type]
-
-
-def _is(module: object, family: Family, class_name: str) -> bool:
-    # The exact class: a subclass may compute attention differently, and nothing here could know.
-    kind = type(module)
-    return kind.__name__ == class_name and kind.__module__ == family.module
-
-
-def find_sites(model: object) -> ModelSites:
-    """Find a model's attention layers; the model is only looked at.
-
-    Parameters
-    ----------
-    model
-        A transformers model, with or without a task head.
-
-    Raises
-    ------
-    UnsupportedModelError
-        The model is none of transformers, of no supported family, a decoder, or has several encoders.
-    """
-    known = ", ".join(family.name for family in _FAMILIES)
-    if not isinstance(model, PreTrainedModel):
-        raise UnsupportedModelError(
-            f"expected a transformers.PreTrainedModel of one of the families {known}; found {type(model).__name__}. "
-            "A compiled or wrapped model: memoize the model inside it"
-        )
-    name = type(model).__name__
-    modules = list(model.modules())
-    for family in _FAMILIES:
-        parents = [
-            parent for parent in modules if _is(getattr(parent, family.attribute, None), family, family.attention_class)
-        ]
-        layers = tuple(
-            AttentionSite(layer, parent, getattr(parent, family.attribute), family)
-            for layer, parent in enumerate(parents)
-        )
-        if not layers:
-            continue
-        if any(bool(getattr(site.module, flag, False)) for site in layers for flag in ("is_decoder", "is_causal")):
-            raise UnsupportedModelError(
-                f"{name} is configured as a decoder: its causal attention with a growing cache cannot be memoized. "
-                f"Supported are encoders of the families {known}"
-            )
-        encoders = [module for module in modules if _is(module, family, family.model_class)]
-        if len(encoders) != 1:
-            raise UnsupportedModelError(
-                f"{name} holds {len(encoders)} encoders of class {family.model_class}, expected exactly one: "
-                f"memoize each of them by itself. Supported are encoders of the families {known}"
-            )
-        return ModelSites(encoders[0], layers)
-    raise UnsupportedModelError(
-        f"{name} (model_type {getattr(model.config, 'model_type', 'unknown')!r}) has no attention layers that can be "
-        f"memoized. Supported are encoders of the families {known}"
-    )

@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch
+from torch import nn
 from transformers import PreTrainedModel
 
-from .attention import LayerCounters, MemoAttention, find_memoizable
-from .errors import StoreMismatchError
-from .families import ModelSites
-from .lengths import LengthWatch
-from .profiling import ProfileReport
+from .attention import MemoAttention
+from .choices import check_lookup, resolve_thresholds
+from .errors import UnsupportedModelError
+from .forward import Forward, ForwardWatch, Spans
+from .lookup import Found, LayerCounters, Seconds, find, prefetch
 from .similarity import memoization_rate
-from .store import MemoStore, ModelCard, open_store
-from .thresholds import LEVELS
+from .sites import ModelSites, find_memoizable, patched
+from .store import MemoStore, ModelCard, open_stores
 
-__all__ = ["Memo", "memoize", "resolve_thresholds"]
+__all__ = ["Memo", "memoize"]
+
+Thresholds = dict[int, float]
 
 
 class Memo:
@@ -28,27 +32,40 @@ class Memo:
     ----------
     sites
         The attention layers.
-    store
-        The open store.
+    stores
+        The open stores, by the length L of their records; a batch goes to the smallest that it fits into.
     thresholds
-        Largest squared L2 distance of keys at which a record is reused, for each layer to memoize.
+        For each store, the largest squared L2 distance of keys at which a record is reused, by layer.
+    lookup
+        ``"layer"`` or ``"sequence"``.
+    length_tolerance
+        Reuse records of up to so many more tokens.
     """
 
-    def __init__(self, sites: ModelSites, store: MemoStore, thresholds: Mapping[int, float]) -> None:
+    def __init__(
+        self,
+        sites: ModelSites,
+        stores: Mapping[int, MemoStore],
+        thresholds: Mapping[int, Thresholds],
+        *,
+        lookup: str = "layer",
+        length_tolerance: int = 0,
+    ) -> None:
         self._sites = sites
-        self._thresholds = dict(thresholds)
-        self._watch = LengthWatch(sites.encoder)
-        self._memos = {
-            layer: MemoAttention(
-                sites.layers[layer], store.db, store.embedder, self._watch, store.padded_length, threshold
-            )
-            for layer, threshold in sorted(self._thresholds.items())
-        }
+        self._stores = dict(sorted(stores.items()))
+        self._thresholds = {length: dict(found) for length, found in thresholds.items()}
+        self._memoized = {layer for found in self._thresholds.values() for layer in found}
+        self._lookup = lookup
+        self._length_tolerance = length_tolerance
+        self._watch = ForwardWatch(sites.encoder)
+        self._memos: dict[int, MemoAttention] = {}
+        self._attached = False
+        self._counters = [LayerCounters() for _ in sites.layers]
 
     @property
     def layers(self) -> list[int]:
         """The memoized layers."""
-        return list(self._memos)
+        return sorted(self._memoized)
 
     def stats(self) -> dict[str, Any]:
         """Report what was saved so far.
@@ -57,52 +74,131 @@ class Memo:
         -------
         dict
             ``sequences``: sequences seen in inference; ``memoization_rate``: Eq. 2 of the AttMemo paper over all
-            layers of the model; ``layers``: one dict for each layer of the model, with ``layer``, ``memoized``,
-            ``threshold`` (squared L2), ``lookups``, ``hits``, ``bypassed``, and ``embed_seconds``, ``search_seconds``,
-            ``fetch_seconds``, ``attention_seconds``.
+            layers of the model; ``target`` and ``lookup``; ``layers``: one dict for each layer of the model, with
+            ``layer``, ``memoized``, ``threshold`` (squared L2; a dict by L with length buckets), and all of
+            :class:`LayerCounters`: ``lookups``, ``hits``, ``bypassed``, ``embed_seconds``, ``search_seconds``,
+            ``fetch_seconds``, ``attention_seconds`` and its parts.
         """
         layers = []
-        for site in self._sites.layers:
-            memo = self._memos.get(site.layer)
+        for site, counters in zip(self._sites.layers, self._counters, strict=True):
+            found = {
+                length: thresholds[site.layer]
+                for length, thresholds in self._thresholds.items()
+                if site.layer in thresholds
+            }
             row: dict[str, Any] = {
                 "layer": site.layer,
-                "memoized": memo is not None,
-                "threshold": self._thresholds.get(site.layer),
-                "lookups": 0,
-                "hits": 0,
-                "bypassed": 0,
-                "embed_seconds": 0.0,
-                "search_seconds": 0.0,
-                "fetch_seconds": 0.0,
-                "attention_seconds": 0.0,
+                "memoized": bool(found),
+                "threshold": (found or None) if len(self._stores) > 1 else next(iter(found.values()), None),
             }
-            if memo is not None:
-                row.update({name: getattr(memo.counters, name) for name in row if hasattr(memo.counters, name)})
+            counters.add_to(row)
             layers.append(row)
         hits = [int(row["hits"]) for row in layers]
         sequences = self._watch.sequences
-        return {"sequences": sequences, "memoization_rate": memoization_rate(hits, sequences), "layers": layers}
+        return {
+            "sequences": sequences,
+            "memoization_rate": memoization_rate(hits, sequences),
+            "target": next(iter(self._stores.values())).target,
+            "lookup": self._lookup,
+            "layers": layers,
+        }
 
     def reset_stats(self) -> None:
         """Set all counters back to zero."""
         self._watch.sequences = 0
-        for memo in self._memos.values():
-            memo.counters = LayerCounters()
+        for counters in self._counters:
+            counters.reset()
 
     @contextmanager
     def attached(self) -> Iterator[None]:
         """Memoize the model for the length of a block."""
-        try:
-            for layer, memo in self._memos.items():
-                site = self._sites.layers[layer]
-                setattr(site.parent, site.family.attribute, memo)
-            self._watch.attach()
-            yield
-        finally:
-            self._watch.detach()
-            for layer in self._memos:
-                site = self._sites.layers[layer]
-                setattr(site.parent, site.family.attribute, site.module)
+        with patched(self._sites, self._stand_in):
+            self._attached = True
+            try:
+                self._watch.attach()
+                yield
+            finally:
+                self._attached = False
+                self._watch.detach()
+
+    def _stand_in(self, module: nn.Module, original: Callable[..., Any]) -> Callable[..., Any]:
+        """Make what runs in the place of an attention module's forward."""
+        mine = [site.layer for site in self._sites.layers if site.module is module]
+        for layer in mine:
+            self._memos[layer] = MemoAttention(self._sites.layers[layer], original, self._counters[layer])
+        shared = self._sites.family.shared
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            forward = self._watch.current
+            if forward is None or not self._attached:
+                return original(*args, **kwargs)
+            layer = forward.next_call() if shared else mine[0]
+            return self._run(layer, forward, args, kwargs)
+
+        return run
+
+    def _run(self, layer: int, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run one attention layer."""
+        memo = self._memos[layer]
+        store = None if forward.spans is None else self._store_for(forward.spans.padded)
+        thresholds = {} if store is None else self._thresholds[store.padded_length]
+        first = self._lookup == "sequence" and layer == 0 and bool(thresholds)
+        if store is not None and layer not in thresholds and not first:
+            return memo.original(*args, **kwargs)
+        call = memo.site.arguments(args, kwargs)
+        spans = forward.spans
+        if store is None or spans is None or not memo.can_reuse(call, len(spans)):
+            if layer in self._memoized:
+                memo.counters.count(bypassed=len(call["hidden_states"]))
+            return memo.original(*args, **kwargs)
+        if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
+            raise UnsupportedModelError(
+                "a memoized model cannot be traced: what it computes depends on what is found in the store. Trace the "
+                "model outside of the memoize block"
+            )
+        seconds = Seconds()
+        found = self._find(layer, forward, spans, store, call["hidden_states"], thresholds, seconds)
+        if found is None:
+            memo.counters.count(seconds=seconds, bypassed=len(spans) if layer in thresholds else 0)
+            return memo.original(*args, **kwargs)
+        memo.counters.count(lookups=found.searched, bypassed=len(spans) - found.searched)
+        return memo.attend(args, kwargs, call, spans, store, found, seconds=seconds)
+
+    def _find(
+        self,
+        layer: int,
+        forward: Forward,
+        spans: Spans,
+        store: MemoStore,
+        hidden: torch.Tensor,
+        thresholds: Thresholds,
+        seconds: Seconds,
+    ) -> Found | None:
+        """Find a layer's records within its threshold; None: it has nothing to look for."""
+        tolerance = self._length_tolerance
+        if self._lookup == "layer":
+            threshold = thresholds[layer]
+            found = find(
+                store, layer, hidden, spans, max_distance=threshold, length_tolerance=tolerance, seconds=seconds
+            )
+            return found
+        if layer == 0:
+            # The widest threshold decides what is looked for; each layer's own, what is used.
+            widest = max(thresholds.values())
+            forward.found = find(
+                store, 0, hidden, spans, max_distance=widest, length_tolerance=tolerance, seconds=seconds
+            )
+        if forward.found is None:
+            return None
+        later = [other for other in thresholds if other > layer]
+        if later:
+            after = min(later)
+            prefetch(store.db, forward.found.within(thresholds[after], after).ids)
+        return forward.found.within(thresholds[layer], layer) if layer in thresholds else None
+
+    def _store_for(self, padded: int) -> MemoStore | None:
+        """Choose the smallest bucket that a batch fits into."""
+        return next((store for length, store in self._stores.items() if length >= padded), None)
 
 
 @contextmanager
@@ -113,15 +209,19 @@ def memoize(
     level: str = "moderate",
     threshold: float | None = None,
     layers: str | Sequence[int] = "profiled",
+    lookup: str = "layer",
+    length_tolerance: int = 0,
 ) -> Iterator[Memo]:
-    """Let a model reuse stored attention probabilities for the length of a block.
+    """Let a model reuse stored attention for the length of a block.
 
     Inside the block the model is called as always. Where a layer finds a record of the same valid length within its
-    threshold, it projects V only and multiplies it with the record; all other sequences of the batch go through the
-    original layer. On exit, also by an exception, the model is the very same object graph as before.
+    threshold, it projects V only and multiplies it with the record (``target="probs"``), or takes the record for the
+    context itself (``target="context"``); all other sequences of the batch go through the original layer. On exit, also
+    by an exception, the model is the very same object graph as before.
 
-    Reuse happens in inference only: in training mode, with gradients enabled, with ``output_attentions``, and for
-    sequences that are not right-padded to the store's padded length, the original layers run.
+    The original layers run: in training mode, with ``output_attentions``, for decoding steps on a filled cache, for
+    sequences whose tokens have holes, and for batches padded longer than the store's records. Many threads may call the
+    model at once. Gradients do not pass through what was reused: asking for them is an error.
 
     Parameters
     ----------
@@ -136,6 +236,11 @@ def memoize(
         Largest squared L2 distance of keys, for all layers, instead of a level.
     layers
         ``"profiled"``: those where the profile predicts a gain of time (Eq. 3); ``"all"``; or a list of numbers.
+    lookup
+        ``"layer"``: each layer embeds its own hidden state and searches (the paper). ``"sequence"``: one embedding and
+        one search, at the input of the first layer, serve all layers.
+    length_tolerance
+        Reuse records of up to so many more tokens: columns beyond the length are cut, rows sum to 1 again.
 
     Yields
     ------
@@ -146,56 +251,18 @@ def memoize(
     ------
     UnsupportedModelError, StoreMismatchError
         The model is of no supported family, or not the one of the store; the store has no profile and none can be
-        done without.
+        done without; ``length_tolerance`` with a store of contexts, which cannot be cut.
     MemoizationActiveError
         The model is memoized already.
     ValueError
-        ``level``, ``threshold`` or ``layers`` cannot be used.
+        ``level``, ``threshold``, ``layers``, ``lookup`` or ``length_tolerance`` cannot be used.
     """
     sites = find_memoizable(model)
-    with open_store(path, ModelCard.of(sites)) as store:
-        memo = Memo(sites, store, resolve_thresholds(store, level, threshold, layers))
+    with open_stores(path, ModelCard.of(sites)) as stores:
+        check_lookup(stores, lookup, length_tolerance)
+        thresholds = {
+            length: resolve_thresholds(store, level, threshold, layers, lookup) for length, store in stores.items()
+        }
+        memo = Memo(sites, stores, thresholds, lookup=lookup, length_tolerance=length_tolerance)
         with memo.attached():
             yield memo
-
-
-def resolve_thresholds(
-    store: MemoStore, level: str, threshold: float | None, layers: str | Sequence[int]
-) -> dict[int, float]:
-    """Find the layers to memoize and the threshold of each; see :func:`memoize`."""
-    count = store.card.layers
-    if level not in LEVELS:
-        raise ValueError(f"expected level to be one of {', '.join(LEVELS)}; found {level!r}")
-    number = isinstance(threshold, (int, float)) and not isinstance(threshold, bool)
-    if threshold is not None and not (number and threshold >= 0):
-        raise ValueError(f"expected threshold to be a squared distance of at least 0; found {threshold!r}")
-    if isinstance(layers, str):
-        if layers not in ("profiled", "all"):
-            raise ValueError(f"expected layers to be 'profiled', 'all' or a list of numbers; found {layers!r}")
-        wanted = list(range(count))
-    else:
-        try:
-            wanted = list(set(layers))
-        except TypeError:
-            raise ValueError(
-                f"expected layers to be 'profiled', 'all' or a list of numbers; found {layers!r}"
-            ) from None
-        if any(isinstance(layer, bool) or not isinstance(layer, int) or not 0 <= layer < count for layer in wanted):
-            raise ValueError(f"expected layers numbered 0 to {count - 1}; found {list(layers)}")
-        wanted.sort()
-    report = ProfileReport.from_dict(store.profile, store.path) if store.profile is not None else None
-    if report is None and (threshold is None or layers == "profiled"):
-        raise StoreMismatchError(
-            f"the store at {store.path} has no profile, which levels and layers='profiled' need: run "
-            "memodb_transformers.profile on held-out batches, or give threshold= and layers="
-        )
-    if threshold is not None:
-        thresholds = dict.fromkeys(wanted, float(threshold))
-    else:
-        assert report is not None
-        found = report.thresholds(level)
-        thresholds = {layer: found[layer] for layer in wanted if layer in found}
-    if layers == "profiled":
-        assert report is not None
-        thresholds = {layer: thresholds[layer] for layer in report.paying(thresholds)}
-    return thresholds

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-__all__ = ["memoization_rate", "similarity_score", "similarity_scores"]
+__all__ = ["context_similarities", "memoization_rate", "similarity_score", "similarity_scores"]
 
 
 def similarity_scores(a: Tensor, a2: Tensor, lengths: Tensor | None = None) -> Tensor:
@@ -31,6 +31,28 @@ def similarity_scores(a: Tensor, a2: Tensor, lengths: Tensor | None = None) -> T
     distance = 0.5 * (a.float() - a2.float()).abs().sum(dim=-1).mean(dim=1)  # total variation, [n, L]
     if lengths is None:
         return 1.0 - distance.mean(dim=-1)
+    rows = torch.arange(distance.shape[1], device=distance.device)
+    counted = (rows < lengths.to(distance.device)[:, None]).float()
+    return 1.0 - (distance * counted).sum(dim=1) / counted.sum(dim=1).clamp(min=1.0)
+
+
+def context_similarities(a: Tensor, a2: Tensor, lengths: Tensor) -> Tensor:
+    """Similarity of each pair of contexts of a batch: ``1 - mean_p ||a[p] - a2[p]|| / (||a[p]|| + ||a2[p]||)``.
+
+    Eq. 1 of the AttMemo paper is of probabilities. This stands in its place for attention outputs: 1 for equal ones, 0
+    for those that point opposite ways, whatever their scale.
+
+    Parameters
+    ----------
+    a, a2
+        Contexts ``[n, L, heads * head_dim]``.
+    lengths
+        Valid lengths int ``[n]``.
+    """
+    first, second = a.float(), a2.float()
+    norm = torch.linalg.vector_norm
+    both = norm(first, dim=-1) + norm(second, dim=-1)
+    distance: Tensor = norm(first - second, dim=-1) / both.clamp(min=torch.finfo(torch.float32).tiny)
     rows = torch.arange(distance.shape[1], device=distance.device)
     counted = (rows < lengths.to(distance.device)[:, None]).float()
     return 1.0 - (distance * counted).sum(dim=1) / counted.sum(dim=1).clamp(min=1.0)

@@ -1,6 +1,7 @@
 """A memo store on disk: a memodb database, and beside it what belongs to the model.
 
-``path/`` is the database. ``path/transformers/`` holds, as JSON and ``.npy`` files that are read without pickle:
+``path/`` is the database; with length buckets it is a folder of such stores, ``path/L=64/`` and so on.
+``path/transformers/`` holds, as JSON and ``.npy`` files that are read without pickle:
 
 - ``memo.json``: which model and shape the records are of; written last, so that a broken build is no memo store
 - ``embedder-*.npy``: the parameters of the embedder
@@ -13,7 +14,7 @@ import io
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -26,13 +27,26 @@ from memodb.safe import Guard
 
 from .embedding import Embedder, load_embedder
 from .errors import StoreMismatchError
-from .families import ModelSites
+from .sites import ModelSites
 
-__all__ = ["MemoStore", "ModelCard", "open_store", "read_profile", "write_profile", "write_store"]
+__all__ = [
+    "TARGETS",
+    "MemoStore",
+    "ModelCard",
+    "bucket_path",
+    "open_store",
+    "open_stores",
+    "read_profile",
+    "record_shape",
+    "write_profile",
+    "write_store",
+]
 
 _FORMAT = "memodb-transformers"
-_VERSION = 1
+# 2: the records of all layers of a sequence have consecutive ids.
+_VERSION = 2
 _FOLDER = "transformers"
+TARGETS = ("probs", "context")
 # Weight norms survive a change of dtype or device within this relative error, but not further training.
 _NORM_TOLERANCE = 0.01
 
@@ -50,17 +64,17 @@ class ModelCard:
 
     @classmethod
     def of(cls, sites: ModelSites) -> ModelCard:
-        """Describe a model by its shape and the norms of its Q and K projections, which make the probabilities."""
-        first = sites.layers[0]
+        """Describe a model by its shape and the norms of its Q, K and V projections."""
         norms = []
         for site in sites.layers:
-            for which in ("query", "key"):
-                weight = getattr(site.projection(which), "weight", None)
+            for name in site.family.projection.names:
+                weight = getattr(getattr(site.module, name), "weight", None)
                 if isinstance(weight, Tensor) and weight.is_floating_point():
                     norms.append(round(float(weight.detach().double().norm()), 6))
                 else:
                     norms.append(-1.0)  # quantized: cannot be compared
-        return cls(sites.family.name, len(sites.layers), first.heads, first.head_dim, sites.hidden_size, tuple(norms))
+        family, head_dim = sites.family.name, sites.layers[0].head_dim
+        return cls(family, len(sites.layers), sites.heads, head_dim, sites.hidden_size, tuple(norms))
 
     def check(self, other: ModelCard, path: Path) -> None:
         """Raise :class:`StoreMismatchError` unless ``other`` is the model that the store at ``path`` is of."""
@@ -74,8 +88,8 @@ class ModelCard:
         pairs = [(a, b) for a, b in zip(self.norms, other.norms, strict=True) if a >= 0 and b >= 0]
         if any(abs(a - b) > _NORM_TOLERANCE * max(a, b) for a, b in pairs):
             raise StoreMismatchError(
-                f"the store at {path} was built from a model of this shape with other weights (the norms of its query "
-                "and key projections differ): build a store for this model"
+                f"the store at {path} was built from a model of this shape with other weights (the norms of its query, "
+                "key and value projections differ): build a store for this model"
             )
 
 
@@ -91,6 +105,36 @@ class MemoStore:
     target: str
     embedder: Embedder
     profile: dict[str, Any] | None
+
+
+def record_shape(card: ModelCard, padded_length: int, target: str) -> tuple[int, ...]:
+    """Tell the shape of the records of a target."""
+    if target == "context":
+        return (padded_length, card.heads * card.head_dim)
+    return (card.heads, padded_length, padded_length)
+
+
+def bucket_path(path: Path, padded_length: int) -> Path:
+    """Tell where the store of one length bucket lies."""
+    return path / f"L={padded_length}"
+
+
+@contextmanager
+def open_stores(path: str | os.PathLike[str], card: ModelCard) -> Iterator[dict[int, MemoStore]]:
+    """Open a memo store, or all those of a folder of length buckets, by the length L of their records.
+
+    Raises
+    ------
+    memodb.StoreNotFoundError, StoreMismatchError, memodb.UnsafePathError
+        As for :func:`open_store`.
+    """
+    root = Path(path)
+    parts = sorted(root.glob("L=*")) if root.is_dir() and not (root / _FOLDER).exists() else []
+    with ExitStack() as stack:
+        stores = [stack.enter_context(open_store(part, card)) for part in parts or [root]]
+        if parts and len({(store.target, store.store_dtype) for store in stores}) != 1:
+            raise StoreMismatchError(f"the buckets of {root} hold records of different kinds: build them again")
+        yield {store.padded_length: store for store in sorted(stores, key=lambda store: store.padded_length)}
 
 
 def write_store(
@@ -164,10 +208,11 @@ def open_store(path: str | os.PathLike[str], card: ModelCard) -> Iterator[MemoSt
         built.check(card, root)
         if not all(name.isidentifier() for name in names):
             raise StoreMismatchError(f"{file} is damaged (arrays {names}): build the store again")
-        if db.spec.shape != (built.heads, padded_length, padded_length) or db.spec.dtype_name != store_dtype:
+        shape = record_shape(built, padded_length, target)
+        if target not in TARGETS or db.spec.shape != shape or db.spec.dtype_name != store_dtype:
             raise StoreMismatchError(
-                f"{file} tells of records {[built.heads, padded_length, padded_length]} {store_dtype}, the database "
-                f"holds {db.spec}: build the store again"
+                f"{file} tells of records {target!r} {list(shape)} {store_dtype}, the database holds {db.spec}: build "
+                "the store again"
             )
         arrays = {name: _read_array(root / _FOLDER / f"embedder-{name}.npy") for name in names}
         embedder = load_embedder(config, arrays)

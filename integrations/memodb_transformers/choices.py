@@ -1,0 +1,71 @@
+"""What ``memoize`` and ``evaluate`` are asked for, checked: layers, levels, thresholds, ways to look up."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from .errors import StoreMismatchError
+from .lookup import LOOKUPS
+from .performance import ProfileReport
+from .store import MemoStore
+from .thresholds import LEVELS
+
+__all__ = ["check_lookup", "resolve_thresholds"]
+
+
+def check_lookup(stores: Mapping[int, MemoStore], lookup: str, length_tolerance: int) -> None:
+    """Refuse a way to look up that there is not, or that the stores cannot serve; see :func:`memoize`."""
+    if lookup not in LOOKUPS:
+        raise ValueError(f"expected lookup to be one of {', '.join(LOOKUPS)}; found {lookup!r}")
+    whole = isinstance(length_tolerance, int) and not isinstance(length_tolerance, bool)
+    if not whole or length_tolerance < 0:
+        raise ValueError(f"expected length_tolerance to be a number of tokens, at least 0; found {length_tolerance!r}")
+    contexts = [store.path for store in stores.values() if store.target == "context"]
+    if length_tolerance and contexts:
+        raise StoreMismatchError(
+            f"the store at {contexts[0]} holds contexts, which cannot be cut to another length: expected "
+            f"length_tolerance=0, found {length_tolerance}"
+        )
+
+
+def resolve_thresholds(
+    store: MemoStore, level: str, threshold: float | None, layers: str | Sequence[int], lookup: str = "layer"
+) -> dict[int, float]:
+    """Find the layers to memoize and the threshold of each; see :func:`memoize`."""
+    if level not in LEVELS:
+        raise ValueError(f"expected level to be one of {', '.join(LEVELS)}; found {level!r}")
+    number = isinstance(threshold, (int, float)) and not isinstance(threshold, bool)
+    if threshold is not None and not (number and threshold >= 0):
+        raise ValueError(f"expected threshold to be a squared distance of at least 0; found {threshold!r}")
+    wanted = _wanted(layers, store.card.layers)
+    report = ProfileReport.from_dict(store.profile, store.path) if store.profile is not None else None
+    if report is None and (threshold is None or layers == "profiled"):
+        raise StoreMismatchError(
+            f"the store at {store.path} has no profile, which levels and layers='profiled' need: run "
+            "memodb_transformers.profile on held-out batches, or give threshold= and layers="
+        )
+    if threshold is not None:
+        thresholds = dict.fromkeys(wanted, float(threshold))
+    else:
+        assert report is not None
+        found = report.thresholds(level, lookup)
+        thresholds = {layer: found[layer] for layer in wanted if layer in found}
+    if layers == "profiled":
+        assert report is not None
+        thresholds = {layer: thresholds[layer] for layer in report.paying(thresholds, lookup)}
+    return thresholds
+
+
+def _wanted(layers: str | Sequence[int], count: int) -> list[int]:
+    said = f"expected layers to be 'profiled', 'all' or a list of numbers; found {layers!r}"
+    if isinstance(layers, str):
+        if layers not in ("profiled", "all"):
+            raise ValueError(said)
+        return list(range(count))
+    try:
+        wanted = list(set(layers))
+    except TypeError:
+        raise ValueError(said) from None
+    if any(isinstance(layer, bool) or not isinstance(layer, int) or not 0 <= layer < count for layer in wanted):
+        raise ValueError(f"expected layers numbered 0 to {count - 1}; found {list(layers)}")
+    return sorted(wanted)

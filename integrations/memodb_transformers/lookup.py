@@ -1,0 +1,212 @@
+"""Where records are found: keys of hidden states, the search, and which record serves which layer.
+
+``"layer"`` is the paper's way: each layer embeds its own hidden state and searches its own records. ``"sequence"``
+embeds and searches once, at the input of the first attention layer (the embedding output, or what a layer norm makes of
+it); as the records of one sequence have consecutive ids, the record found tells those of all other layers.
+"""
+
+from __future__ import annotations
+
+import threading
+from contextlib import suppress
+from dataclasses import dataclass, field
+from time import perf_counter
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+import memodb
+
+from .forward import Ints, Spans, roll_front
+from .store import MemoStore
+
+__all__ = ["LOOKUPS", "Found", "LayerCounters", "Seconds", "fetch", "find", "namespace", "prefetch"]
+
+LOOKUPS = ("layer", "sequence")
+
+
+def namespace(layer: int, length: int) -> str:
+    """Name the namespace of one layer's records of one valid length."""
+    return f"layer={layer}/len={length}"
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What a search found.
+
+    Attributes
+    ----------
+    ids
+        int64 ``[n]``, -1: nothing near enough.
+    distances
+        Squared L2, float32 ``[n]``; infinite where there is nothing at all.
+    lengths
+        Valid lengths of the records found, int64 ``[n]``; those of the sequences where nothing was found.
+    searched
+        Sequences that were searched for: those with tokens in one stretch and a finite hidden state.
+    """
+
+    ids: Ints
+    distances: NDArray[np.float32]
+    lengths: Ints
+    searched: int
+
+    def within(self, threshold: float, shift: int = 0) -> Found:
+        """Keep what is within a threshold, of the layer ``shift`` layers further on."""
+        ids = np.where((self.ids >= 0) & (self.distances <= threshold), self.ids + shift, -1)
+        return Found(ids, self.distances, self.lengths, self.searched)
+
+
+@dataclass
+class Seconds:
+    """Wall-clock seconds of the parts of one call."""
+
+    embed: float = 0.0
+    search: float = 0.0
+    fetch: float = 0.0
+    value: float = 0.0
+    product: float = 0.0
+    misses: float = 0.0
+    rest: float = 0.0
+
+    @property
+    def accounted(self) -> float:
+        """Sum of all parts."""
+        return self.embed + self.search + self.fetch + self.attention
+
+    @property
+    def attention(self) -> float:
+        """All that comes after the fetch."""
+        return self.value + self.product + self.misses + self.rest
+
+
+@dataclass
+class LayerCounters:
+    """What one layer did so far. Times are wall-clock seconds.
+
+    Attributes
+    ----------
+    lookups
+        Sequences that were searched for.
+    hits
+        Sequences whose attention came from the store.
+    bypassed
+        Sequences that took the original path without a search: tokens with holes, longer than the store's records, in
+        training, with attention weights asked for, decoding steps, and so on.
+    embed_seconds, search_seconds, fetch_seconds
+        Time to make keys, to search them, and to gather records into one tensor.
+    attention_seconds
+        Everything else, of which: ``value_seconds``, V (and K for a cache) of the hits; ``product_seconds``,
+        probabilities times V; ``miss_seconds``, the original module for the misses.
+    """
+
+    lookups: int = 0
+    hits: int = 0
+    bypassed: int = 0
+    embed_seconds: float = 0.0
+    search_seconds: float = 0.0
+    fetch_seconds: float = 0.0
+    attention_seconds: float = 0.0
+    value_seconds: float = 0.0
+    product_seconds: float = 0.0
+    miss_seconds: float = 0.0
+    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
+
+    def count(self, *, lookups: int = 0, hits: int = 0, bypassed: int = 0, seconds: Seconds | None = None) -> None:
+        """Add what one call did; safe from several threads."""
+        spent = seconds or Seconds()
+        with self._lock:
+            self.lookups += lookups
+            self.hits += hits
+            self.bypassed += bypassed
+            self.embed_seconds += spent.embed
+            self.search_seconds += spent.search
+            self.fetch_seconds += spent.fetch
+            self.attention_seconds += spent.attention
+            self.value_seconds += spent.value
+            self.product_seconds += spent.product
+            self.miss_seconds += spent.misses
+
+    def reset(self) -> None:
+        """Set all counts and times back to zero."""
+        with self._lock:
+            for name, value in vars(LayerCounters()).items():
+                if not name.startswith("_"):
+                    setattr(self, name, value)
+
+    def add_to(self, row: dict[str, object]) -> None:
+        """Add all counts and times to those of a row of ``Memo.stats()``."""
+        with self._lock:
+            for name, value in vars(self).items():
+                if not name.startswith("_"):
+                    row[name] = row.get(name, 0) + value
+
+
+def find(
+    store: MemoStore,
+    layer: int,
+    hidden: Tensor,
+    spans: Spans,
+    *,
+    max_distance: float | None = None,
+    length_tolerance: int = 0,
+    seconds: Seconds | None = None,
+) -> Found:
+    """Search one layer's records for each row of a batch.
+
+    Parameters
+    ----------
+    store
+        The memo store.
+    layer, hidden
+        The layer, and the hidden state ``[n, L, H]`` that it is called with.
+    spans
+        Where the sequences lie; those of length 0 are left out.
+    max_distance
+        Largest squared L2 distance of keys.
+    length_tolerance
+        Search records of up to so many more tokens as well.
+    seconds
+        Takes the times of embedding and search.
+    """
+    began = perf_counter()
+    ids = np.full(len(spans), -1, dtype=np.int64)
+    distances = np.full(len(spans), np.inf, dtype=np.float32)
+    lengths = spans.lengths.copy()
+    keys = store.embedder.embed(layer, roll_front(hidden, spans.starts), torch.from_numpy(spans.lengths))
+    # A hidden state that is NaN or infinite is the model's affair: it passes through as without memoization.
+    rows = np.flatnonzero((spans.lengths > 0) & np.isfinite(keys).all(axis=1))
+    embedded = perf_counter()
+    if len(rows):
+        steps = length_tolerance + 1
+        # Shorter records say nothing of the tokens beyond their own: only longer ones can be cut to fit.
+        wanted = np.minimum(spans.lengths[rows, None] + np.arange(steps), store.padded_length)  # [rows, steps]
+        names = [namespace(layer, length) for length in wanted.ravel().tolist()]
+        result = store.db.search(keys[rows].repeat(steps, axis=0), 1, namespace=names, max_distance=max_distance)
+        best = result.distances.reshape(len(rows), steps).argmin(axis=1)[:, None]
+        distances[rows] = np.take_along_axis(result.distances.reshape(len(rows), steps), best, axis=1)[:, 0]
+        ids[rows] = np.take_along_axis(result.ids.reshape(len(rows), steps), best, axis=1)[:, 0]
+        lengths[rows] = np.take_along_axis(wanted, best, axis=1)[:, 0]
+    if seconds is not None:
+        seconds.embed += embedded - began
+        seconds.search += perf_counter() - embedded
+    return Found(ids, distances, lengths, len(rows))
+
+
+def fetch(db: memodb.MemoDB, ids: Ints) -> tuple[memodb.MappedBatch | None, Ints]:
+    """Gather the records of the hits; what was deleted since the search is a miss. None: no hit is left."""
+    while (ids >= 0).any():
+        try:
+            return db.multiget_mapped(ids[ids >= 0]), ids
+        except memodb.RecordNotFoundError:
+            ids = np.where([i >= 0 and i in db for i in ids.tolist()], ids, -1)
+    return None, ids
+
+
+def prefetch(db: memodb.MemoDB, ids: Ints) -> None:
+    """Begin to gather in the background what :func:`fetch` of the same ids will ask for."""
+    if (ids >= 0).any():
+        with suppress(memodb.RecordNotFoundError):  # deleted since the search: fetch sees to it
+            db.prefetch(ids[ids >= 0])

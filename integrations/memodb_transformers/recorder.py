@@ -1,0 +1,249 @@
+"""Run a model over batches and put what its attention layers compute into one memo store."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+import memodb
+
+from .capture import Visit, attention_implementation, attention_visits, model_inputs
+from .embedding import Embedder, RandomProjection
+from .errors import InvalidBatchError
+from .forward import Ints, Spans, find_spans, roll_front
+from .lookup import namespace
+from .sites import ModelSites
+from .store import ModelCard, record_shape, write_store
+
+__all__ = ["Recorder", "batch_shape", "canonical", "make_embedder", "spans_of"]
+
+# Every tenth sequence, up to this many, is kept out of the store: thresholds calibrated on records that find
+# themselves would be worthless.
+_HOLD_OUT_EVERY = 10
+_HOLD_OUT_MOST = 256
+
+# All layers of a sequence go into one put, so that their ids are consecutive; a batch is cut to keep these together
+# below this many bytes.
+_PUT_BYTES = 512 << 20
+
+
+class Recorder:
+    """The build of one store. The database is opened at the first sequence that can be recorded.
+
+    Parameters
+    ----------
+    model, sites
+        The model, and its attention layers.
+    path
+        Folder of the store.
+    padded_length
+        L of the records.
+    target, store_dtype, backend, options
+        As in :func:`memodb_transformers.build`.
+    embedder
+        What makes the keys.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        sites: ModelSites,
+        path: Path,
+        padded_length: int,
+        *,
+        target: str,
+        store_dtype: str,
+        backend: str,
+        options: Mapping[str, Any],
+        embedder: Embedder,
+    ) -> None:
+        self.path = path
+        self.card = ModelCard.of(sites)
+        self.padded_length = padded_length
+        self.shape = record_shape(self.card, padded_length, target)
+        self.sequences = self.skipped = self.bytes = self.batch_size = 0
+        self.held_out: list[dict[str, Any]] = []
+        self._model, self._sites, self._target = model, sites, target
+        self._store_dtype, self._backend, self._options = store_dtype, backend, options
+        self._embedder = embedder
+        self._db: memodb.MemoDB | None = None
+        self._seen = 0
+        self._spans: Spans | None = None
+        self._keys = np.zeros((0, 0, 0), dtype=np.float32)  # [n, layers, key_dim]
+        self._records = torch.zeros(0)  # [n, layers, *shape]
+
+    def run(self, batch: Mapping[str, Any]) -> None:
+        """Record one batch."""
+        inputs = model_inputs(batch, self._model.device)
+        rows, _ = batch_shape(inputs)
+        spans = spans_of(inputs)
+        self.batch_size = max(self.batch_size, rows)
+        keep = self._select(inputs, spans)
+        if len(keep) and self._db is None:
+            self._db = memodb.MemoDB.create(
+                self.path,
+                shape=self.shape,
+                dtype=self._store_dtype,
+                key_dim=self._embedder.key_dim,
+                backend=self._backend,
+                **self._options,
+            )
+        record_bytes = int(np.prod(self.shape)) * _dtype(self._store_dtype).itemsize
+        step = max(1, _PUT_BYTES // (record_bytes * len(self._sites.layers)))
+        for start in range(0, len(keep), step):
+            chosen = keep[start : start + step]
+            self._record(_cut(inputs, chosen, rows), spans.take(chosen))
+
+    def finish(self) -> None:
+        """Close the database and write what makes it a memo store."""
+        assert self._db is not None
+        self._db.close()
+        self.held_out = _regroup(self.held_out, self.batch_size)
+        write_store(self.path, self.card, self.padded_length, self._store_dtype, self._target, self._embedder)
+
+    def undo(self) -> None:
+        """Remove what this build wrote."""
+        if self._db is not None:
+            self._db.close()
+            shutil.rmtree(self.path, ignore_errors=True)
+
+    def _record(self, inputs: dict[str, Any], spans: Spans) -> None:
+        """Run the model over some sequences, and put the records of all its layers."""
+        assert self._db is not None
+        n, layers = len(spans), len(self._sites.layers)
+        self._spans = spans
+        self._records = torch.empty((n, layers, *self.shape), dtype=_dtype(self._store_dtype))
+        self._keys = np.empty((n, layers, self._embedder.key_dim), dtype=np.float32)
+        if self._sites.family.caches:
+            inputs.setdefault("use_cache", False)
+        with (
+            attention_implementation(self._model, "eager"),
+            attention_visits(self._sites, self._receive, probabilities=self._target == "probs"),
+        ):
+            self._model(**inputs)
+        names = [namespace(layer, length) for length in spans.lengths.tolist() for layer in range(layers)]
+        ids = self._db.put(self._records.flatten(0, 1), self._keys.reshape(n * layers, -1), namespace=names)
+        assert np.array_equal(ids, np.arange(ids[0], ids[0] + len(ids)))
+        self.sequences += n
+        self.bytes += self._records.nbytes
+
+    def _receive(self, visit: Visit) -> None:
+        assert self._spans is not None
+        layer, spans = visit.site.layer, self._spans
+        lengths = torch.from_numpy(spans.lengths)
+        self._keys[:, layer] = self._embedder.embed(layer, roll_front(visit.hidden, spans.starts), lengths)
+        self._records[:, layer].copy_(canonical(visit, spans, self.padded_length, self._target))
+
+    def _select(self, inputs: dict[str, Any], spans: Spans) -> Ints:
+        """Choose the rows to record; every tenth usable one goes to the held-out batches instead."""
+        usable = np.flatnonzero(spans.lengths > 0)
+        self.skipped += len(spans) - len(usable)
+        numbers = np.arange(self._seen, self._seen + len(usable))
+        self._seen += len(usable)
+        held_before = sum(len(next(iter(batch.values()))) for batch in self.held_out)
+        candidates = usable[numbers % _HOLD_OUT_EVERY == _HOLD_OUT_EVERY - 1][: _HOLD_OUT_MOST - held_before]
+        if len(candidates):
+            part = _cut(inputs, candidates, len(spans))
+            tensors = {name: value.cpu() for name, value in part.items() if isinstance(value, Tensor)}
+            self.held_out.append({name: value for name, value in tensors.items() if len(value) == len(candidates)})
+        return np.setdiff1d(usable, candidates)
+
+
+def canonical(visit: Visit, spans: Spans, padded_length: int, target: str) -> Tensor:
+    """Turn what a layer computed into records: tokens from 0 on, nothing in the columns of padding.
+
+    Rows of padding are kept as the model computed them: a model goes on with them, and so does a hit. Where they mean
+    nothing (a causal model's padding on the left, and DeBERTa's) they are zero.
+
+    Returns
+    -------
+    Tensor
+        ``[n, heads, padded_length, padded_length]``, or ``[n, padded_length, heads * head_dim]`` for contexts.
+    """
+    wider = padded_length - spans.padded
+    if target == "context":
+        return torch.nn.functional.pad(roll_front(visit.context, spans.starts), (0, 0, 0, wider))
+    probabilities = visit.probabilities
+    assert probabilities is not None
+    family = visit.site.family
+    records = roll_front(roll_front(probabilities, spans.starts, 2), spans.starts, 3)
+    valid = torch.from_numpy(spans.lengths).to(records.device)[:, None]
+    present = torch.arange(spans.padded, device=records.device) < valid  # [n, L]
+    rows = present
+    if not family.masks_rows:
+        on_the_right = torch.from_numpy(spans.starts == 0).to(records.device)[:, None]
+        rows = present | on_the_right if family.causal else torch.ones_like(present)
+    records = torch.where(rows[:, None, :, None] & present[:, None, None, :], records, 0.0)
+    if family.causal:
+        records = records.tril()
+    return torch.nn.functional.pad(records, (0, wider, 0, wider))
+
+
+def batch_shape(inputs: Mapping[str, Any]) -> tuple[int, int]:
+    """Tell ``(rows, padded length)`` of a batch.
+
+    Raises
+    ------
+    InvalidBatchError
+        Its ids are of another shape than ``[n, L]``.
+    """
+    source = inputs.get("input_ids") if inputs.get("input_ids") is not None else inputs.get("inputs_embeds")
+    if not isinstance(source, Tensor) or source.dim() < 2:
+        found = list(source.shape) if isinstance(source, Tensor) else type(source).__name__
+        raise InvalidBatchError(f"expected input_ids of shape [n, L]; found {found}")
+    return int(source.shape[0]), int(source.shape[1])
+
+
+def spans_of(inputs: Mapping[str, Any]) -> Spans:
+    """Tell where the sequences of a batch lie.
+
+    Raises
+    ------
+    InvalidBatchError
+        The attention mask or the position ids are of another shape.
+    """
+    rows, padded = batch_shape(inputs)
+    spans = find_spans(inputs.get("attention_mask"), rows, padded, inputs.get("position_ids"))
+    if spans is None:
+        raise InvalidBatchError(f"expected an attention_mask of shape [{rows}, {padded}], or none")
+    return spans
+
+
+def make_embedder(embedder: str | Embedder, padded_length: int, sites: ModelSites, key_dim: int, seed: int) -> Embedder:
+    """Make the embedder of a store, unless it is there already."""
+    if isinstance(embedder, str):
+        return RandomProjection.create(padded_length, sites.hidden_size, key_dim=key_dim, seed=seed)
+    return embedder
+
+
+def _dtype(name: str) -> torch.dtype:
+    found = getattr(torch, name)
+    assert isinstance(found, torch.dtype)
+    return found
+
+
+def _cut(inputs: Mapping[str, Any], chosen: Ints, rows: int) -> dict[str, Any]:
+    """Take some rows of all inputs that have one for each sequence."""
+    return {
+        name: value[torch.from_numpy(chosen).to(value.device)]
+        if isinstance(value, Tensor) and value.dim() > 0 and len(value) == rows
+        else value
+        for name, value in inputs.items()
+    }
+
+
+def _regroup(batches: list[dict[str, Any]], rows: int) -> list[dict[str, Any]]:
+    """Join the few held-out rows of each batch into batches of the usual size: costs depend on it."""
+    shapes = {tuple((name, value.shape[1:]) for name, value in sorted(batch.items())) for batch in batches}
+    if len(shapes) != 1:
+        return batches  # nothing held out, or inputs that differ from batch to batch
+    joined = {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
+    count = len(next(iter(joined.values())))
+    return [{name: value[start : start + rows] for name, value in joined.items()} for start in range(0, count, rows)]
