@@ -180,7 +180,7 @@ class MemoAttention:
             projected = perf_counter()
             records = batch.torch().to(hidden.device)
             if store.target == "context":
-                context = records[:, : spans.padded].to(hidden.dtype)
+                context = records[:, : spans.padded].to(hidden.dtype).contiguous()
             else:
                 assert value is not None
                 context = self._context(records, value, spans, lengths)

@@ -20,6 +20,7 @@ __all__ = [
     "MemoizationActiveError",
     "StoreMismatchError",
     "UnsupportedModelError",
+    "copied_inside",
 ]
 
 
@@ -37,6 +38,14 @@ class MemoizationActiveError(MemoDBError, RuntimeError):
 
 class GradientUnavailableError(MemoDBError, RuntimeError):
     """A gradient was asked for through attention that came from a store."""
+
+
+def copied_inside() -> MemoizationActiveError:
+    """Say that what belongs to a memoized model cannot go into a copy of it."""
+    return MemoizationActiveError(
+        "the model is inside a memoize block and cannot be copied or pickled: leave the block first, or save its "
+        "state_dict"
+    )
 
 
 class InvalidBatchError(MemoDBError, ValueError):

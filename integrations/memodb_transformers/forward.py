@@ -18,6 +18,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import DynamicCache
 
+from .errors import UnsupportedModelError, copied_inside
+
 __all__ = ["Forward", "ForwardWatch", "Spans", "find_spans", "roll_back", "roll_front"]
 
 Ints = NDArray[np.int64]
@@ -160,6 +162,9 @@ class ForwardWatch:
             handle.remove()
         self._handles = []
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise copied_inside()
+
     def _enter(self, encoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._running.forward = Forward(self._spans(encoder, args, kwargs))
 
@@ -169,6 +174,11 @@ class ForwardWatch:
     def _spans(self, encoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Spans | None:
         if encoder.training:
             return None
+        if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
+            raise UnsupportedModelError(
+                "a memoized model cannot be traced: what it computes depends on what is found in the store. Trace the "
+                "model outside of the memoize block"
+            )
         try:
             call = self._signature.bind_partial(encoder, *args, **kwargs).arguments
         except TypeError:

@@ -13,7 +13,6 @@ from transformers import PreTrainedModel
 
 from .attention import MemoAttention
 from .choices import check_lookup, resolve_thresholds
-from .errors import UnsupportedModelError
 from .forward import Forward, ForwardWatch, Spans
 from .lookup import Found, LayerCounters, Seconds, find, prefetch
 from .similarity import memoization_rate
@@ -151,11 +150,6 @@ class Memo:
             if layer in self._memoized:
                 memo.counters.count(bypassed=len(call["hidden_states"]))
             return memo.original(*args, **kwargs)
-        if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
-            raise UnsupportedModelError(
-                "a memoized model cannot be traced: what it computes depends on what is found in the store. Trace the "
-                "model outside of the memoize block"
-            )
         seconds = Seconds()
         found = self._find(layer, forward, spans, store, call["hidden_states"], thresholds, seconds)
         if found is None:

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .errors import MemoizationActiveError, UnsupportedModelError
+from .errors import MemoizationActiveError, UnsupportedModelError, copied_inside
 from .families import Family, families
 
 __all__ = ["AttentionSite", "ModelSites", "find_memoizable", "find_sites", "patched"]
@@ -197,10 +197,7 @@ class _Patched:
         return self._run(*args, **kwargs)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        raise MemoizationActiveError(
-            "the model is inside a memoize block and cannot be copied or pickled: leave the block first, or save its "
-            "state_dict"
-        )
+        raise copied_inside()
 
 
 def _put_back(module: nn.Module, own: Forward | None) -> None:
