@@ -23,7 +23,7 @@ MINUTES ?= 30
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-BENCH = $(BIN)/python -m pytest -q --benchmark-columns=median,iqr,rounds --benchmark-sort=median $(BENCH_ARGS)
+BENCH = $(BIN)/python -m pytest -q --benchmark-columns=median,iqr,rounds --benchmark-sort=min $(BENCH_ARGS)
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import profiles, targets
+from benchmarks import profiles, report_memo, targets
 from benchmarks.machine import machine_facts
 from benchmarks.race import scratch
 
@@ -79,3 +79,6 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
         return
     terminalreporter.section(f"targets, from the results of profile {profiles.chosen().name}")
     terminalreporter.write_line(targets.as_text(results))
+    if memo := report_memo.as_text(results):
+        terminalreporter.section("memoized models")
+        terminalreporter.write_line(memo)

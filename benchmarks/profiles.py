@@ -44,6 +44,16 @@ class Case:
 
 
 @dataclass(frozen=True)
+class MemoSize:
+    """Memoized models: lengths L of their inputs, layers, sequences to be recorded, turns of each way."""
+
+    lengths: tuple[int, ...]
+    layers: int
+    known: int
+    turns: int
+
+
+@dataclass(frozen=True)
 class Profile:
     """One profile.
 
@@ -71,6 +81,8 @@ class Profile:
         Lengths L of the comparison with the paper's Table 6.
     backend_lengths, puts
         Lengths L that all backends are compared at, and how often each writes its store.
+    memo
+        Memoized models.
     """
 
     name: str
@@ -89,6 +101,7 @@ class Profile:
     table6: tuple[int, ...]
     backend_lengths: tuple[int, ...]
     puts: int
+    memo: MemoSize
 
 
 #: What the targets are about: 64 records each. They get more time than the others.
@@ -135,6 +148,7 @@ _PROFILES = (
         table6=(256, 512),
         backend_lengths=(128, 512),
         puts=3,
+        memo=MemoSize((128, 512), layers=6, known=40, turns=9),
     ),
     Profile(
         name="quick",
@@ -153,6 +167,7 @@ _PROFILES = (
         table6=(256,),
         backend_lengths=(128,),
         puts=1,
+        memo=MemoSize((128,), layers=2, known=20, turns=3),
     ),
     Profile(
         name="tiny",
@@ -175,6 +190,7 @@ _PROFILES = (
         table6=(64,),
         backend_lengths=(64,),
         puts=1,
+        memo=MemoSize((16,), layers=1, known=12, turns=1),
     ),
 )
 BY_NAME = {profile.name: profile for profile in _PROFILES}

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import report_backends, targets
+from benchmarks import report_backends, report_memo, targets
 from benchmarks.targets import Results, Row
 
 ROOT = Path(__file__).parent.parent
@@ -237,6 +237,22 @@ def _plain(results: Results, name: str, header: Sequence[str], keys: Sequence[st
     return "\n\n".join(parts) or NOT_MEASURED
 
 
+def _memo(results: Results) -> str:
+    """Return the tables of memoized models."""
+    if not targets.rows(results, "memo"):
+        return NOT_MEASURED
+    text = [
+        "`benchmarks/test_memo.py`. One forward of a model of base-sized layers with random weights (what a layer "
+        "costs does not depend on them), without padding, two threads; embedding, search, gather with its page faults "
+        "and unmapping, misses, and the rest of the model are on the clock. Records are float16 probabilities where "
+        'nothing else is said, contexts float32. "Of plain": of the model with its default attention (SDPA for BERT, '
+        "eager for DeBERTa-v2). The paper's embedder is one matrix a layer (`LinearMLP`)."
+    ]
+    for title, header, lines in [*report_memo.models(results), *report_memo.breakdowns(results)]:
+        text.append(f"{title}:\n\n{table(header, lines)}")
+    return "\n\n".join(text)
+
+
 def page(results: Results, images: Sequence[tuple[str, str]]) -> str:
     """Return docs/performance.md."""
     drawn = "\n\n".join(f"![{title}](images/{name})" for title, name in images)
@@ -273,6 +289,13 @@ def page(results: Results, images: Sequence[tuple[str, str]]) -> str:
                 [*time, "written MB/s", "writer busy"],
                 ["total_ms", "written_mb_per_second", "busy"],
             ),
+        ),
+        ("Memoized models", _memo(results)),
+        (
+            "Products",
+            "`benchmarks/test_product.py`. Stored probabilities times V, batch 8, 12 heads of 64: gather, product, and "
+            'letting the batch go. "as they are": one matrix product in the dtype of the records; "all at once": the '
+            "whole batch is turned into float32 first.\n\n" + _plain(results, "product", time, ["total_ms"]),
         ),
         (
             "Checksums on gather",

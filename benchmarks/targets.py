@@ -17,6 +17,8 @@ Results = dict[str, dict[str, Any]]
 #: How memodb is asked when nothing is said.
 OURS = "memodb"
 _LARGE = ("12x512x512 float16", "12x512x512 float32")
+_LONG = 512
+_ALL, _PAPER = "100% hits", "0% hits, the paper's embedder"
 _SMALL = ("12x64x64 float16", "12x128x128 float16")
 
 
@@ -107,6 +109,33 @@ def _auto(results: Results) -> Found:
     return Found(None) if worst is None else Found(worst["auto_over_best"], f"{worst['group']}: {worst['contender']}")
 
 
+def _memo(family: str, way: str, other: str) -> Callable[[Results], Found]:
+    """Compare two ways to run a model at L = 512."""
+
+    def find(results: Results) -> Found:
+        found = {
+            row["contender"]: row for row in rows(results, "memo") if row["family"] == family and row["length"] == _LONG
+        }
+        if way not in found or other not in found:
+            return Found(None)
+        return Found(found[way]["total_ms"] / found[other]["total_ms"], f"{way}, L = {_LONG}")
+
+    return find
+
+
+def _without_hits(way: str) -> Callable[[Results], Found]:
+    """Find the model and length at which trying in vain costs most."""
+
+    def find(results: Results) -> Found:
+        found = [row for row in rows(results, "memo") if row["contender"] == way]
+        worst = max(found, key=lambda row: row["times_plain"], default=None)
+        if worst is None:
+            return Found(None)
+        return Found(worst["times_plain"], f"{worst['family']}, L = {worst['length']}")
+
+    return find
+
+
 TARGETS: tuple[Target, ...] = (
     *(Target(f"floor:{r}", f"64 x {r}: times the read alone", 1.08, _gather(r, "floor")) for r in _LARGE),
     *(
@@ -140,6 +169,12 @@ TARGETS: tuple[Target, ...] = (
         _pair("writer", "memodb puts", "np.memmap writes"),
     ),
     Target("overhead", "call of 64 x 4 KiB, in microseconds", 150.0, _overhead, unit="us"),
+    Target("memo:deberta", "memoized DeBERTa-v2, all hits: of plain", 0.50, _memo("DeBERTa-v2", _ALL, "plain")),
+    Target("memo:bert", "memoized BERT, all hits: of the plain model (SDPA)", 0.80, _memo("BERT", _ALL, "plain")),
+    Target("memo:eager", "memoized BERT, all hits: of eager attention", 0.65, _memo("BERT", _ALL, "plain, eager")),
+    Target("memo:paper", "no hit, the paper's embedder: of the plain model", 1.05, _without_hits(_PAPER)),
+    Target("memo:layer", "no hit, random projection: of the plain model", 1.05, _without_hits("0% hits")),
+    Target("memo:cheapest", "no hit, one lookup: of the plain model", 1.02, _without_hits("0% hits, one lookup")),
     Target("auto", 'worst case of "auto": of the better of map and copy', 1.10, _auto),
 )
 

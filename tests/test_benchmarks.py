@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from benchmarks import report, targets
+from benchmarks import report, report_memo, targets
 from benchmarks.builders import build
 from benchmarks.clock import Samples, Turn, arrays_of, take_turns, timed_gather
 from benchmarks.contenders import CONTENDERS
@@ -123,7 +123,19 @@ def _results():
     cell = _row("auto, huge pages", "4 x 4096 B", 1.2, **facts, auto_over_best=1.2, choice_over_best=1.0)
     machine = {"cpu": "a processor", "cpus": 2, "memory_gib": 8.0, "kernel": "6", "python": "3", "versions": {}}
     whole = {"machine": machine, "profile": "full"}
-    return {"gather": {**whole, "results": gathers}, "auto": {**whole, "results": [cell]}}
+    group = "BERT-base, 6 layers, L = 512, batch 8"
+    parts = {f"layer_{part}_ms": 1.25 for part in report_memo.PARTS}
+    memo = [
+        _row(group, name, milliseconds, family="BERT", length=512, times_plain=milliseconds / 100, **more)
+        for name, milliseconds, more in (
+            ("plain", 100.0, {}),
+            ("plain, eager", 125.0, {}),
+            ("100% hits", 75.0, parts),
+            ("0% hits, one lookup", 103.0, parts),
+        )
+    ]
+    found = {"gather": gathers, "auto": [cell], "memo": memo}
+    return {name: {**whole, "results": rows} for name, rows in found.items()}
 
 
 def test_targets_are_found_in_results():
@@ -135,6 +147,10 @@ def test_targets_are_found_in_results():
     assert found["peer:12x64x64 float16"]["against"] == "torch.index_select(out=warm)"
     assert found["views:12x64x64 float16"]["met"] is False
     assert found["auto"]["met"] is False
+    assert found["memo:bert"]["met"] is True
+    assert found["memo:eager"]["value"] == pytest.approx(0.6)
+    assert found["memo:cheapest"]["met"] is False
+    assert found["memo:deberta"]["met"] is None
     assert found["put"]["met"] is None
     assert "MISSED" in targets.as_text(_results())
 
@@ -151,4 +167,7 @@ def test_the_report_is_written_from_results_or_says_that_there_are_none(tmp_path
     text = (docs / "performance.md").read_text()
     assert "| 64 x 12x512x512 float16: times the read alone | 1.05 | 1.08 | yes |" in text
     assert "list of views" in text.split("Where memodb loses")[1]
+    assert "| 100% hits | 75.0 | 0.750 | 0.600 |" in text
+    assert "| 100% hits | 1.25 | 1.25 | 1.25 | 1.25 | 1.25 | 1.25 | 1.25 | 8.75 |" in text
+    assert "Original attention, misses" in report_memo.as_text(_results())
     assert list((docs / "images").glob("*.svg"))

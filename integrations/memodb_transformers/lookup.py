@@ -175,7 +175,8 @@ def find(
     ids = np.full(len(spans), -1, dtype=np.int64)
     distances = np.full(len(spans), np.inf, dtype=np.float32)
     lengths = spans.lengths.copy()
-    keys = store.embedder.embed(layer, roll_front(hidden, spans.starts), torch.from_numpy(spans.lengths))
+    with torch.no_grad():
+        keys = store.embedder.embed(layer, roll_front(hidden, spans.starts), torch.from_numpy(spans.lengths))
     # A hidden state that is NaN or infinite is the model's affair: it passes through as without memoization.
     rows = np.flatnonzero((spans.lengths > 0) & np.isfinite(keys).all(axis=1))
     embedded = perf_counter()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import statistics
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
 from dataclasses import replace
 from time import perf_counter
 from typing import Any
@@ -108,9 +109,8 @@ def profile_store(
         raise InvalidBatchError(
             f"expected batches padded to at most {store.padded_length} tokens, as the store's; found none"
         )
-    implementation = str(model.config._attn_implementation)
     trials = [_Trial(layer, store) for layer in range(len(sites.layers))]
-    plan = [("eager", *pair) for pair in usable] + [(None, *pair) for pair in usable[:_TIMED_BATCHES]]
+    plan = [(True, *pair) for pair in usable] + [(False, *pair) for pair in usable[:_TIMED_BATCHES]]
     disable = None if progress is None else not progress
     with in_inference(model):
         for calibrating, batch, spans in tqdm(plan, desc="profiling", unit="batch", disable=disable):
@@ -118,17 +118,18 @@ def profile_store(
             inputs = model_inputs(batch, model.device)
             if sites.family.caches:
                 inputs.setdefault("use_cache", False)
-            with (
-                attention_implementation(model, calibrating or implementation),
-                attention_visits(sites, visit, probabilities=bool(calibrating) and store.target == "probs"),
-            ):
+            with ExitStack() as stack:
+                if calibrating:
+                    stack.enter_context(attention_implementation(model, "eager"))
+                asked = calibrating and store.target == "probs"
+                stack.enter_context(attention_visits(sites, visit, probabilities=asked))
                 model(**inputs)
     report = ProfileReport(
         layers=tuple(trial.result() for trial in trials),
         sequences=len(trials[0].layer.distances),
         batch_size=len(usable[0][1]),
         threads=torch.get_num_threads(),
-        attention=implementation,
+        attention=str(model.config._attn_implementation),
         padded_length=store.padded_length,
     )
     write_profile(store.path, report.to_dict())

@@ -11,6 +11,7 @@ import pytest
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
+import numpy as np  # noqa: E402
 from tiny_models import join, rows_of, snapshot, states, states_alone, tiny_batch  # noqa: E402
 
 import memodb_transformers as mt  # noqa: E402
@@ -33,10 +34,14 @@ def load(name: str) -> Any:
 def sentences(name: str) -> list[dict[str, torch.Tensor]]:
     """Return two batches of eight real sequences: one to be recorded, and one of others."""
     if name in STORIES:
-        vocabulary = 100 if name == "babyllama-tok105" else 500
         lengths = [40, 25, 48, 31, 40, 17, 48, 9]
         batches = [tiny_batch(lengths, seed=seed, padded=48, left=range(8)) for seed in (1, 2)]
-        return [{**batch, "input_ids": batch["input_ids"] % vocabulary} for batch in batches]
+        if name == "stories260k-llama":  # stories that it told itself
+            told = torch.from_numpy(np.load(Path(str(DATA), "data", "stories", "tokens.npy")).astype(np.int64))
+            for number, batch in enumerate(batches):
+                for row, length in enumerate(lengths):
+                    batch["input_ids"][row, -length:] = told[8 * number + row, :length]
+        return batches
     tokenizer = transformers.AutoTokenizer.from_pretrained(Path(str(DATA), "models", name))
     texts, _ = read_text(Path(str(DATA), "data", "sst2", "dev.tsv"), 16)
     return to_batches(tokenizer, texts, None, padded_length=48, batch_size=8)
