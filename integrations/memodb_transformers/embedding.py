@@ -163,12 +163,14 @@ class LinearMLP:
         """Embed hidden states ``[n, L, H]`` with the layer's own matrix."""
         if self._weights.device != hidden.device:
             self._weights, self._biases = self._weights.to(hidden.device), self._biases.to(hidden.device)
-        padded = hidden.shape[1]
+        padded, width = hidden.shape[1:]
+        weights = self._weights[layer].view(-1, width, self.key_dim)[:padded]
+        # Position by position and summed: a product of few rows and a very long inner side keeps one core busy.
+        parts = torch.bmm(hidden.detach().float().transpose(0, 1), weights)  # [L, n, key_dim]
         if bool((lengths < padded).any()):
-            counted = torch.arange(padded, device=hidden.device) < lengths.to(hidden.device)[:, None]
-            hidden = hidden.masked_fill(~counted[:, :, None], 0.0)
-        flat = hidden.detach().reshape(len(hidden), -1).float()
-        keys = torch.addmm(self._biases[layer], flat, self._weights[layer, : flat.shape[1]])
+            counted = torch.arange(padded, device=hidden.device)[:, None] < lengths.to(hidden.device)
+            parts = parts.masked_fill(~counted[:, :, None], 0.0)
+        keys = parts.sum(dim=0) + self._biases[layer]
         found: NDArray[np.float32] = keys.cpu().numpy()
         return found
 

@@ -12,7 +12,7 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
 import numpy as np  # noqa: E402
-from tiny_models import PADDED, snapshot, tiny_batch, tiny_model  # noqa: E402
+from tiny_models import PADDED, logits, snapshot, tiny_batch, tiny_model  # noqa: E402
 
 import memodb  # noqa: E402
 import memodb_transformers as mt  # noqa: E402
@@ -154,6 +154,21 @@ def test_another_embedder_can_be_handed_in(path: Path) -> None:
     with mt.memoize(model, path, threshold=1e-6, layers="all") as memo, torch.no_grad():
         model(**tiny_batch([5]))
     assert memo.stats()["memoization_rate"] == 1.0
+
+
+def test_the_paper_s_embedder_can_be_handed_in_and_is_kept_with_the_store(path: Path) -> None:
+    model = tiny_model()
+    known = tiny_batch([5, 9, 16, 9])
+    mt.build(model, [known], path, embedder=mt.LinearMLP.create(PADDED, 32, layers=2, key_dim=24))
+    with memodb.MemoDB.open(path) as db:
+        assert db.key_dim == 24
+    with mt.memoize(model, path, threshold=1e-4, layers="all") as memo, torch.no_grad():
+        found = model(**known).logits
+    assert memo.stats()["memoization_rate"] == 1.0
+    assert torch.allclose(found, logits(model, known), atol=1e-4)
+    (path / "transformers" / "embedder-biases.npy").unlink()
+    with pytest.raises(mt.StoreMismatchError, match="biases"), mt.memoize(model, path, threshold=1.0, layers="all"):
+        pass
 
 
 @pytest.mark.parametrize("damage", ["not json", "[]", '{"format": "else"}', '{"format": "memodb-transformers"}'])

@@ -12,6 +12,7 @@ from hypothesis import given  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 
 import memodb_transformers as mt  # noqa: E402
+from memodb_transformers.similarity import context_similarities  # noqa: E402
 from memodb_transformers.thresholds import fit_falling, threshold_for  # noqa: E402
 
 
@@ -121,3 +122,42 @@ def test_a_key_does_not_depend_on_the_other_rows() -> None:
     for row in range(8):
         alone = embedder.embed(0, hidden[[row]], lengths[[row]])
         np.testing.assert_allclose(alone[0], together[row], atol=1e-5)
+
+
+def test_the_paper_s_embedder_is_three_linear_layers_on_the_flattened_state() -> None:
+    hidden = torch.randn(5, 12, 16, generator=torch.Generator().manual_seed(0))
+    embedder = mt.LinearMLP.create(12, 16, layers=3, key_dim=8)
+    weights = torch.from_numpy(embedder.arrays()["weights"])
+    for layer in range(3):
+        keys = embedder.embed(layer, hidden, torch.full((5,), 12))
+        np.testing.assert_allclose(keys, (hidden.flatten(1) @ weights[layer]).numpy(), atol=1e-4)
+    assert not np.allclose(embedder.embed(0, hidden, torch.full((5,), 12)), keys, atol=1e-2)
+
+
+@pytest.mark.parametrize("kind", ["projection", "mlp"])
+def test_neither_padding_nor_its_width_changes_a_key(kind: str) -> None:
+    embedder: mt.Embedder = (
+        mt.RandomProjection.create(12, 16, key_dim=8) if kind == "projection" else mt.LinearMLP.create(12, 16, 2)
+    )
+    hidden = torch.randn(3, 12, 16, generator=torch.Generator().manual_seed(0))
+    lengths = torch.tensor([5, 9, 1])
+    keys = embedder.embed(1, hidden, lengths)
+    spoiled = hidden.masked_fill(torch.arange(12)[None, :, None] >= lengths[:, None, None], torch.nan)
+    narrow = embedder.embed(1, hidden[:, :9], lengths)
+    np.testing.assert_allclose(narrow, keys, atol=1e-5)
+    spoiled[:, 9:] = 1e6
+    if kind == "mlp":
+        np.testing.assert_allclose(embedder.embed(1, spoiled, lengths), keys, atol=1e-5)
+
+
+def test_similarity_of_contexts_counts_direction_and_length_of_valid_rows() -> None:
+    a = torch.tensor([[[1.0, 0.0], [0.0, 2.0], [5.0, 5.0]]])
+    opposite, half = -a, 0.5 * a
+    lengths = torch.tensor([2])
+    assert context_similarities(a, a, lengths).item() == pytest.approx(1.0)
+    assert context_similarities(a, opposite, lengths).item() == pytest.approx(0.0)
+    assert context_similarities(a, half, lengths).item() == pytest.approx(1 - 0.5 / 1.5)
+    other = a.clone()
+    other[0, 2] = 0.0
+    assert context_similarities(a, other, lengths).item() == pytest.approx(1.0)
+    assert context_similarities(torch.zeros(1, 3, 2), torch.zeros(1, 3, 2), lengths).item() == 1.0
