@@ -22,9 +22,10 @@ import memodb_transformers as mt
 from benchmarks.clock import Turn
 from benchmarks.profiles import MemoSize
 from memodb_transformers.capture import attention_implementation
+from memodb_transformers.card import ModelCard
 from memodb_transformers.memoize import Memo
 from memodb_transformers.sites import find_sites
-from memodb_transformers.store import ModelCard, open_stores
+from memodb_transformers.store import open_stores
 
 HEADS, HIDDEN, BATCH, THREADS = 12, 768, 8, 2
 VOCABULARY = 1000

@@ -23,8 +23,9 @@ from .store import MemoStore
 __all__ = ["MemoAttention"]
 
 _CACHE = "past_key_values"
-# Another source of queries or keys than the hidden state that is looked up.
-_OTHER_SOURCES = ("query_states", "encoder_hidden_states")
+# Arguments that change nothing of what attention computes. Any other that is given and is no tensor might: a layer may
+# hand it on to its attention function (``is_causal``, ``sliding_window``).
+_HARMLESS = frozenset({"use_cache", "output_attentions", "output_hidden_states", "return_dict", "layer_idx"})
 # A row of probabilities whose sum is below this has lost all it attended to by being cut.
 _NOTHING_LEFT = 1e-6
 
@@ -54,19 +55,21 @@ class MemoAttention:
         hidden, cache = call.get("hidden_states"), call.get(_CACHE)
         if not isinstance(hidden, Tensor) or hidden.dim() != 3 or hidden.shape[0] != rows or not rows:
             return False
-        if any(call.get(name) is not None for name in _OTHER_SOURCES) or call.get("output_attentions"):
-            return False
-        if not isinstance(call.get("attention_mask"), Tensor | None):
-            return False  # a mask of blocks
+        if call.get("output_attentions") or not isinstance(call.get("attention_mask"), Tensor | None):
+            return False  # probabilities are to be returned; a mask of blocks
         if cache is not None and not (self.site.family.caches and is_empty(cache, self._cache_index)):
             return False
-        family = self.site.family
+        if not self.site.computes_as_recorded or any(part.training for part in self.site.module.modules()):
+            return False  # dropout may be active in parts of a model
+        known = self.site.family.batch_arguments
         for name, value in call.items():
-            if name in ("hidden_states", _CACHE) or name in family.common_arguments:
+            if name in ("hidden_states", _CACHE) or name in self.site.family.common_arguments:
                 continue
-            for tensor in _tensors(value):
-                if name not in family.batch_arguments or tensor.dim() == 0 or tensor.shape[0] not in (1, rows):
-                    return False
+            tensors = _tensors(value)
+            if not tensors and value is not None and name not in _HARMLESS:
+                return False
+            if any(name not in known or part.dim() == 0 or part.shape[0] not in (1, rows) for part in tensors):
+                return False
         return True
 
     def attend(
@@ -183,7 +186,8 @@ class MemoAttention:
                 context = records[:, : spans.padded].to(hidden.dtype).contiguous()
             else:
                 assert value is not None
-                context = self._context(records, value, spans, lengths)
+                with torch.autocast(hidden.device.type, enabled=False):
+                    context = self._context(records, value, spans, lengths)
             product = perf_counter()
             context = roll_back(context, spans.starts)
             output = self.site.finish(context, hidden)
@@ -192,9 +196,15 @@ class MemoAttention:
             seconds.value += projected - began
             seconds.product += product - projected
             seconds.rest += perf_counter() - product
-        if torch.is_grad_enabled() and hidden.requires_grad:
-            output = _Reused.apply(hidden, output)  # type: ignore[no-untyped-call]
-        return output, keys, None if value is None else value.transpose(1, 2)
+        values = value.transpose(1, 2) if caching and value is not None else None
+        if torch.is_grad_enabled() and self._learns(hidden):
+            output = _marked(output)
+            keys, values = (None if part is None else _marked(part) for part in (keys, values))
+        return output, keys, values
+
+    def _learns(self, hidden: Tensor) -> bool:
+        """Tell whether the original would have a gradient."""
+        return hidden.requires_grad or any(part.requires_grad for part in self.site.module.parameters())
 
     def _take(self, call: Mapping[str, Any], rows: Ints, n: int) -> dict[str, Any]:
         """Cut the rows out of all arguments that have one for each; what is broadcast over the batch stays whole."""
@@ -244,8 +254,8 @@ class _Reused(torch.autograd.Function):
     """Marks what came from a store: there is no way back through it."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, output: Tensor) -> Tensor:
-        return output
+    def forward(ctx: Any, anchor: Tensor, output: Tensor) -> Tensor:
+        return output.clone()
 
     @staticmethod
     def backward(ctx: Any, *_: Tensor) -> Any:
@@ -253,6 +263,11 @@ class _Reused(torch.autograd.Function):
             "expected no gradient through reused attention: the layer was not computed but looked up. Run the model "
             "outside of the memoize block, or in training mode, where nothing is reused"
         )
+
+
+def _marked(reused: Tensor) -> Tensor:
+    marked: Tensor = _Reused.apply(torch.zeros((), requires_grad=True), reused)  # type: ignore[no-untyped-call]
+    return marked
 
 
 def _tensors(value: Any) -> list[Tensor]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -91,7 +92,7 @@ def _has_choice(config: Any) -> bool:
 def attention_visits(
     sites: ModelSites, receive: Callable[[Visit], None], *, probabilities: bool = False
 ) -> Iterator[None]:
-    """Call ``receive`` after each attention layer of each forward.
+    """Call ``receive`` after each attention layer of each forward that this thread makes.
 
     Parameters
     ----------
@@ -104,15 +105,18 @@ def attention_visits(
     """
     watch = ForwardWatch(sites.encoder)
     asked = probabilities and sites.family.asks_for_probabilities
+    owner = threading.get_ident()
 
     def stand_in(module: nn.Module, original: Callable[..., Any]) -> Callable[..., Any]:
+        if module is sites.encoder:
+            return watch.around(original)
         mine = [site for site in sites.layers if site.module is module]
 
         def run(*args: Any, **kwargs: Any) -> Any:
-            site = mine[0]
-            if sites.family.shared:
-                assert watch.current is not None
-                site = sites.layers[watch.current.next_call()]
+            forward = watch.current
+            if forward is None or threading.get_ident() != owner:
+                return original(*args, **kwargs)  # somebody else uses the model meanwhile
+            site = sites.layers[forward.next_call()] if sites.family.shared else mine[0]
             call = site.arguments(args, kwargs)
             with _context_of(site) as contexts:
                 output = original(**{**call, "output_attentions": True}) if asked else original(*args, **kwargs)
@@ -122,10 +126,7 @@ def attention_visits(
 
         return run
 
-    with ExitStack() as stack:
-        stack.enter_context(patched(sites, stand_in))
-        stack.callback(watch.detach)
-        watch.attach()
+    with patched(sites, stand_in):
         yield
 
 

@@ -29,31 +29,49 @@ def check_lookup(stores: Mapping[int, MemoStore], lookup: str, length_tolerance:
 
 
 def resolve_thresholds(
-    store: MemoStore, level: str, threshold: float | None, layers: str | Sequence[int], lookup: str = "layer"
-) -> dict[int, float]:
-    """Find the layers to memoize and the threshold of each; see :func:`memoize`."""
+    stores: Mapping[int, MemoStore],
+    level: str,
+    threshold: float | None,
+    layers: str | Sequence[int],
+    lookup: str = "layer",
+) -> dict[int, dict[int, float]]:
+    """Find the layers to memoize and the threshold of each, for each store; see :func:`memoize`."""
     if level not in LEVELS:
         raise ValueError(f"expected level to be one of {', '.join(LEVELS)}; found {level!r}")
     number = isinstance(threshold, (int, float)) and not isinstance(threshold, bool)
     if threshold is not None and not (number and threshold >= 0):
         raise ValueError(f"expected threshold to be a squared distance of at least 0; found {threshold!r}")
-    wanted = _wanted(layers, store.card.layers)
-    report = ProfileReport.from_dict(store.profile, store.path) if store.profile is not None else None
-    if report is None and (threshold is None or layers == "profiled"):
+    first = next(iter(stores.values()))
+    wanted = _wanted(layers, first.card.layers)
+    reports = {
+        length: ProfileReport.from_dict(store.profile, store.path)
+        for length, store in stores.items()
+        if store.profile is not None
+    }
+    if not reports and (threshold is None or layers == "profiled"):
         raise StoreMismatchError(
-            f"the store at {store.path} has no profile, which levels and layers='profiled' need: run "
+            f"the store at {first.path} has no profile, which levels and layers='profiled' need: run "
             "memodb_transformers.profile on held-out batches, or give threshold= and layers="
         )
-    if threshold is not None:
-        thresholds = dict.fromkeys(wanted, float(threshold))
-    else:
-        assert report is not None
-        found = report.thresholds(level, lookup)
-        thresholds = {layer: found[layer] for layer in wanted if layer in found}
-    if layers == "profiled":
-        assert report is not None
-        thresholds = {layer: thresholds[layer] for layer in report.paying(thresholds, lookup)}
-    return thresholds
+    # A bucket too small for sequences to be held out of it has no profile: nothing is known to pay there.
+    return {length: _thresholds(reports.get(length), level, threshold, layers, wanted, lookup) for length in stores}
+
+
+def _thresholds(
+    report: ProfileReport | None,
+    level: str,
+    threshold: float | None,
+    layers: str | Sequence[int],
+    wanted: list[int],
+    lookup: str,
+) -> dict[int, float]:
+    found = dict.fromkeys(wanted, threshold) if threshold is not None else {}
+    if threshold is None and report is not None:
+        found = dict(report.thresholds(level, lookup))
+    thresholds = {layer: float(found[layer]) for layer in wanted if layer in found}
+    if layers != "profiled":
+        return thresholds
+    return {layer: thresholds[layer] for layer in report.paying(thresholds, lookup)} if report else {}
 
 
 def _wanted(layers: str | Sequence[int], count: int) -> list[int]:

@@ -47,30 +47,32 @@ class Embedder(Protocol):
 class RandomProjection:
     """A fixed random projection of the hidden state; needs no training and keeps distances.
 
-    The positions are first mixed with ``mixes`` rows of random signs, then each mix ``[H]`` is projected onto
+    The positions are first mixed with ``mixes`` rows of Gaussian weights, then each mix ``[H]`` is projected onto
     ``key_dim / mixes`` components with its own Gaussian matrix. The squared L2 distance of two keys estimates the mean
-    squared difference of the two hidden states over their valid positions, without bias (Johnson and Lindenstrauss).
-    Projecting the flattened state ``[L * H]`` directly would say the same, but reads a matrix of L * H * key_dim.
+    squared difference of the two hidden states over their valid positions, without bias. Projecting the flattened state
+    ``[L * H]`` directly (Johnson and Lindenstrauss) would say the same more exactly, but reads a matrix of
+    L * H * key_dim. Weights of positions are continuous, not signs: of two positions with the same few signs the key
+    could not tell which holds which token.
 
     Parameters
     ----------
-    signs
-        float32 ``[mixes, L]`` of +1 and -1.
+    mixing
+        float32 ``[mixes, L]``.
     projection
         float32 ``[mixes, H, key_dim / mixes]``.
     """
 
     kind = "projection"
 
-    def __init__(self, signs: NDArray[np.float32], projection: NDArray[np.float32]) -> None:
-        mixes, self.padded_length = signs.shape
+    def __init__(self, mixing: NDArray[np.float32], projection: NDArray[np.float32]) -> None:
+        mixes, self.padded_length = mixing.shape
         if projection.ndim != 3 or len(projection) != mixes:
             raise StoreMismatchError(
                 f"expected a projection [{mixes}, hidden, components]; found shape {list(projection.shape)}"
             )
         self.hidden_size = projection.shape[1]
         self.key_dim = mixes * projection.shape[2]
-        self._signs = torch.from_numpy(np.ascontiguousarray(signs, dtype=np.float32))
+        self._mixing = torch.from_numpy(np.ascontiguousarray(mixing, dtype=np.float32))
         self._projection = torch.from_numpy(np.ascontiguousarray(projection, dtype=np.float32))
 
     @classmethod
@@ -87,9 +89,9 @@ class RandomProjection:
         if key_dim <= 0 or mixes <= 0 or key_dim % mixes:
             raise ValueError(f"expected key_dim to be a positive multiple of mixes = {mixes}; found {key_dim}")
         random = np.random.default_rng(seed)
-        signs = random.choice(np.array([-1.0, 1.0], dtype=np.float32), size=(mixes, padded_length))
+        mixing = random.standard_normal((mixes, padded_length), dtype=np.float32)
         gauss = random.standard_normal((mixes, hidden_size, key_dim // mixes), dtype=np.float32)
-        return cls(signs, gauss / np.float32(np.sqrt(hidden_size * key_dim)))
+        return cls(mixing, gauss / np.float32(np.sqrt(hidden_size * key_dim)))
 
     def embed(self, layer: int, hidden: Tensor, lengths: Tensor) -> NDArray[np.float32]:
         """Embed hidden states ``[n, L, H]``; the projection is the same for every layer."""
@@ -97,8 +99,8 @@ class RandomProjection:
         lengths = lengths.to(hidden.device)
         counted = torch.arange(hidden.shape[1], device=hidden.device) < lengths[:, None]
         weights = counted / lengths[:, None].clamp(min=1).sqrt()
-        signs = self._signs[:, : hidden.shape[1]]
-        mixed = torch.bmm(signs * weights[:, None, :], hidden.float())  # [n, mixes, H]
+        mixing = self._mixing[:, : hidden.shape[1]]
+        mixed = torch.bmm(mixing * weights[:, None, :], hidden.float())  # [n, mixes, H]
         keys = torch.bmm(mixed.transpose(0, 1), self._projection)  # [mixes, n, components]
         flat: NDArray[np.float32] = keys.detach().transpose(0, 1).flatten(1).cpu().numpy()
         return flat
@@ -109,11 +111,11 @@ class RandomProjection:
 
     def arrays(self) -> dict[str, NDArray[Any]]:
         """Return the two matrices."""
-        return {"signs": self._signs.cpu().numpy(), "projection": self._projection.cpu().numpy()}
+        return {"mixing": self._mixing.cpu().numpy(), "projection": self._projection.cpu().numpy()}
 
     def _follow(self, hidden: Tensor) -> None:
-        if self._signs.device != hidden.device:
-            self._signs, self._projection = self._signs.to(hidden.device), self._projection.to(hidden.device)
+        if self._mixing.device != hidden.device:
+            self._mixing, self._projection = self._mixing.to(hidden.device), self._projection.to(hidden.device)
 
 
 class LinearMLP:
@@ -164,6 +166,11 @@ class LinearMLP:
         if self._weights.device != hidden.device:
             self._weights, self._biases = self._weights.to(hidden.device), self._biases.to(hidden.device)
         padded, width = hidden.shape[1:]
+        if padded * width > self._weights.shape[1]:
+            raise ValueError(
+                f"expected hidden states of at most {self._weights.shape[1]} numbers, as the embedder was made for; "
+                f"found {padded} tokens of {width}"
+            )
         weights = self._weights[layer].view(-1, width, self.key_dim)[:padded]
         # Position by position and summed: a product of few rows and a very long inner side keeps one core busy.
         parts = torch.bmm(hidden.detach().float().transpose(0, 1), weights)  # [L, n, key_dim]
@@ -192,7 +199,7 @@ def load_embedder(config: dict[str, Any], arrays: dict[str, NDArray[Any]]) -> Em
         The kind is not one that this version knows, or arrays are missing.
     """
     kinds: dict[str, tuple[type[RandomProjection | LinearMLP], tuple[str, str]]] = {
-        RandomProjection.kind: (RandomProjection, ("signs", "projection")),
+        RandomProjection.kind: (RandomProjection, ("mixing", "projection")),
         LinearMLP.kind: (LinearMLP, ("weights", "biases")),
     }
     if config.get("kind") not in kinds:

@@ -16,12 +16,13 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from .capture import attention_implementation, in_inference, model_inputs
+from .card import ModelCard
 from .choices import check_lookup, resolve_thresholds
 from .errors import InvalidBatchError
 from .memoize import Memo
 from .reports import markdown_table
 from .sites import find_memoizable
-from .store import ModelCard, open_stores
+from .store import open_stores
 
 __all__ = ["EvaluationReport", "evaluate"]
 
@@ -132,7 +133,7 @@ def evaluate(
             level: Memo(
                 sites,
                 stores,
-                {length: resolve_thresholds(store, level, None, layers, lookup) for length, store in stores.items()},
+                resolve_thresholds(stores, level, None, layers, lookup),
                 lookup=lookup,
                 length_tolerance=length_tolerance,
             )

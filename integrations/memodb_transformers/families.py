@@ -41,7 +41,9 @@ class Family:
     rotary
         Whether K is rotated before it is cached, by the ``position_embeddings`` the module is called with.
     caches
-        Whether the module fills a key/value cache.
+        Whether the module fills a key/value cache; its projection then projects K as well.
+    normed
+        Whether the attention sees its input normalised, while the layer goes on with what it was.
     shared
         Whether one module serves several layers, so that layers are told apart by the order of calls.
     asks_for_probabilities
@@ -66,6 +68,7 @@ class Family:
     causal: bool = False
     rotary: bool = False
     caches: bool = False
+    normed: bool = False
     shared: bool = False
     asks_for_probabilities: bool = False
     masks_rows: bool = False
@@ -153,6 +156,7 @@ _FAMILIES = (
         head_dim="head_dim",
         causal=True,
         caches=True,
+        normed=True,
     ),
     Family(
         "llama",
@@ -166,6 +170,7 @@ _FAMILIES = (
         causal=True,
         rotary=True,
         caches=True,
+        normed=True,
         batch_arguments=_ROTARY,
     ),
 )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import DynamicCache
 
+from .counting import counting
 from .errors import UnsupportedModelError, copied_inside
 
 __all__ = ["Forward", "ForwardWatch", "Spans", "find_spans", "roll_back", "roll_front"]
@@ -112,14 +114,17 @@ class Forward:
     ----------
     spans
         Where the sequences lie; None: nothing may be reused in this forward.
+    embedded
+        Whether the caller gave embeddings instead of token ids.
     found
         What the search for the whole sequences found, with ``lookup="sequence"``.
     """
 
-    __slots__ = ("_calls", "found", "spans")
+    __slots__ = ("_calls", "embedded", "found", "spans")
 
-    def __init__(self, spans: Spans | None) -> None:
+    def __init__(self, spans: Spans | None, *, embedded: bool = False) -> None:
         self.spans = spans
+        self.embedded = embedded
         self.found: Any = None
         self._calls = 0
 
@@ -130,68 +135,68 @@ class Forward:
 
 
 class ForwardWatch:
-    """Hooks on the encoder that hold a :class:`Forward` for as long as one runs, per thread.
+    """Stands around the encoder's forward and holds a :class:`Forward` for as long as one runs, per thread.
 
     Attention layers called outside a forward of the encoder, in training, on top of a filled cache, or when attention
     weights are to be returned see none, or one without spans, and so take their original path.
     """
 
     def __init__(self, encoder: nn.Module) -> None:
-        self._encoder = encoder
+        self.encoder = encoder
         self._signature = inspect.signature(type(encoder).forward)
         self._running = threading.local()
-        self._lock = threading.Lock()
         self.sequences = 0  # sequences that went through the encoder in inference
-        self._handles: list[torch.utils.hooks.RemovableHandle] = []
 
     @property
     def current(self) -> Forward | None:
         """The forward that runs in this thread, or None."""
         return getattr(self._running, "forward", None)
 
-    def attach(self) -> None:
-        """Register the hooks."""
-        self._handles = [
-            self._encoder.register_forward_pre_hook(self._enter, with_kwargs=True),
-            self._encoder.register_forward_hook(self._leave, with_kwargs=True, always_call=True),
-        ]
+    def around(self, own: Callable[..., Any]) -> Callable[..., Any]:
+        """Return what is to run in the place of the encoder's own forward.
 
-    def detach(self) -> None:
-        """Remove the hooks; a second call does nothing."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
+        A hook would see less: hooks registered later may change the arguments after it, and none runs when the forward
+        is interrupted.
+        """
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            before = self.current
+            self._running.forward = self._begin(args, kwargs)
+            try:
+                return own(*args, **kwargs)
+            finally:
+                self._running.forward = before
+
+        return run
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise copied_inside()
 
-    def _enter(self, encoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._running.forward = Forward(self._spans(encoder, args, kwargs))
-
-    def _leave(self, encoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        self._running.forward = None
-
-    def _spans(self, encoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Spans | None:
-        if encoder.training:
-            return None
-        if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
+    def _begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Forward:
+        if self.encoder.training:
+            return Forward(None)
+        if torch.jit.is_tracing() or torch.compiler.is_compiling():  # type: ignore[attr-defined, no-untyped-call]
             raise UnsupportedModelError(
-                "a memoized model cannot be traced: what it computes depends on what is found in the store. Trace the "
-                "model outside of the memoize block"
+                "a memoized model can be neither compiled nor traced: what it computes depends on what is found in the "
+                "store. Compile or trace the model outside of the memoize block"
             )
         try:
-            call = self._signature.bind_partial(encoder, *args, **kwargs).arguments
+            call = self._signature.bind_partial(self.encoder, *args, **kwargs).arguments
         except TypeError:
-            return None  # the encoder itself will say what is wrong with the call
+            return Forward(None)  # the encoder itself will say what is wrong with the call
         given = {**call.pop("kwargs", {}), **call}
-        source = given.get("input_ids") if given.get("input_ids") is not None else given.get("inputs_embeds")
+        embedded = given.get("input_ids") is None
+        source = given.get("inputs_embeds") if embedded else given.get("input_ids")
         if not isinstance(source, Tensor) or source.dim() < 2:
-            return None
-        with self._lock:
+            return Forward(None)
+        with counting():
             self.sequences += source.shape[0]
+        return Forward(self._spans(given, source), embedded=embedded)
+
+    def _spans(self, given: dict[str, Any], source: Tensor) -> Spans | None:
         wants_attentions = given.get("output_attentions")
         if wants_attentions is None:
-            wants_attentions = getattr(encoder.config, "output_attentions", False)
+            wants_attentions = getattr(self.encoder.config, "output_attentions", False)
         cache = given.get("past_key_values")
         grown = cache is not None and not (type(cache) is DynamicCache and cache.get_seq_length() == 0)
         if wants_attentions or grown or given.get("encoder_hidden_states") is not None or source.shape[1] < 2:

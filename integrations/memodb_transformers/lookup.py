@@ -7,9 +7,8 @@ it); as the records of one sequence have consecutive ids, the record found tells
 
 from __future__ import annotations
 
-import threading
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from time import perf_counter
 
 import numpy as np
@@ -19,6 +18,7 @@ from torch import Tensor
 
 import memodb
 
+from .counting import counting
 from .forward import Ints, Spans, roll_front
 from .store import MemoStore
 
@@ -112,12 +112,11 @@ class LayerCounters:
     value_seconds: float = 0.0
     product_seconds: float = 0.0
     miss_seconds: float = 0.0
-    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
     def count(self, *, lookups: int = 0, hits: int = 0, bypassed: int = 0, seconds: Seconds | None = None) -> None:
         """Add what one call did; safe from several threads."""
         spent = seconds or Seconds()
-        with self._lock:
+        with counting():
             self.lookups += lookups
             self.hits += hits
             self.bypassed += bypassed
@@ -131,17 +130,15 @@ class LayerCounters:
 
     def reset(self) -> None:
         """Set all counts and times back to zero."""
-        with self._lock:
+        with counting():
             for name, value in vars(LayerCounters()).items():
-                if not name.startswith("_"):
-                    setattr(self, name, value)
+                setattr(self, name, value)
 
     def add_to(self, row: dict[str, object]) -> None:
         """Add all counts and times to those of a row of ``Memo.stats()``."""
-        with self._lock:
+        with counting():
             for name, value in vars(self).items():
-                if not name.startswith("_"):
-                    row[name] = row.get(name, 0) + value
+                row[name] = row.get(name, 0) + value
 
 
 def find(
@@ -175,7 +172,7 @@ def find(
     ids = np.full(len(spans), -1, dtype=np.int64)
     distances = np.full(len(spans), np.inf, dtype=np.float32)
     lengths = spans.lengths.copy()
-    with torch.no_grad():
+    with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
         keys = store.embedder.embed(layer, roll_front(hidden, spans.starts), torch.from_numpy(spans.lengths))
     # A hidden state that is NaN or infinite is the model's affair: it passes through as without memoization.
     rows = np.flatnonzero((spans.lengths > 0) & np.isfinite(keys).all(axis=1))

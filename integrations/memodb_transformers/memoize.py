@@ -12,12 +12,13 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .attention import MemoAttention
+from .card import ModelCard
 from .choices import check_lookup, resolve_thresholds
 from .forward import Forward, ForwardWatch, Spans
 from .lookup import Found, LayerCounters, Seconds, find, prefetch
 from .similarity import memoization_rate
 from .sites import ModelSites, find_memoizable, patched
-from .store import MemoStore, ModelCard, open_stores
+from .store import MemoStore, open_stores
 
 __all__ = ["Memo", "memoize"]
 
@@ -93,7 +94,8 @@ class Memo:
             counters.add_to(row)
             layers.append(row)
         hits = [int(row["hits"]) for row in layers]
-        sequences = self._watch.sequences
+        # Counters may have been set back in the middle of a forward.
+        sequences = max(self._watch.sequences, *hits)
         return {
             "sequences": sequences,
             "memoization_rate": memoization_rate(hits, sequences),
@@ -114,14 +116,14 @@ class Memo:
         with patched(self._sites, self._stand_in):
             self._attached = True
             try:
-                self._watch.attach()
                 yield
             finally:
                 self._attached = False
-                self._watch.detach()
 
     def _stand_in(self, module: nn.Module, original: Callable[..., Any]) -> Callable[..., Any]:
-        """Make what runs in the place of an attention module's forward."""
+        """Make what runs in the place of a forward: the encoder's, or that of an attention module."""
+        if module is self._sites.encoder:
+            return self._watch.around(original)
         mine = [site.layer for site in self._sites.layers if site.module is module]
         for layer in mine:
             self._memos[layer] = MemoAttention(self._sites.layers[layer], original, self._counters[layer])
@@ -146,7 +148,9 @@ class Memo:
             return memo.original(*args, **kwargs)
         call = memo.site.arguments(args, kwargs)
         spans = forward.spans
-        if store is None or spans is None or not memo.can_reuse(call, len(spans)):
+        # The normalised input of the first layer does not tell the scale of embeddings, which later layers depend on.
+        unscaled = forward.embedded and self._lookup == "sequence" and self._sites.family.normed
+        if store is None or spans is None or unscaled or not memo.can_reuse(call, len(spans)):
             if layer in self._memoized:
                 memo.counters.count(bypassed=len(call["hidden_states"]))
             return memo.original(*args, **kwargs)
@@ -254,9 +258,7 @@ def memoize(
     sites = find_memoizable(model)
     with open_stores(path, ModelCard.of(sites)) as stores:
         check_lookup(stores, lookup, length_tolerance)
-        thresholds = {
-            length: resolve_thresholds(store, level, threshold, layers, lookup) for length, store in stores.items()
-        }
+        thresholds = resolve_thresholds(stores, level, threshold, layers, lookup)
         memo = Memo(sites, stores, thresholds, lookup=lookup, length_tolerance=length_tolerance)
         with memo.attached():
             yield memo

@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 
 from .attention import MemoAttention
 from .capture import Visit, attention_implementation, attention_visits, in_inference, model_inputs
+from .card import ModelCard
 from .errors import InvalidBatchError
 from .forward import Ints, Spans
 from .lookup import Found, find
@@ -29,7 +30,7 @@ from .performance import LayerProfile, ProfileReport, Scores
 from .recorder import batch_shape, canonical, spans_of
 from .similarity import context_similarities, similarity_scores
 from .sites import ModelSites, find_memoizable
-from .store import MemoStore, ModelCard, open_stores, write_profile
+from .store import MemoStore, open_stores, write_profile
 
 __all__ = ["profile", "profile_store"]
 

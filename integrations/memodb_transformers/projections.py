@@ -43,10 +43,6 @@ class Projection(Protocol):
         """Project V of ``hidden`` [n, L, H]."""
         ...
 
-    def keys(self, module: nn.Module, hidden: Tensor, head_dim: int) -> Tensor:
-        """Project K of ``hidden`` [n, L, H], before any rotation."""
-        ...
-
 
 def _part(module: nn.Module, name: str) -> nn.Module:
     part = getattr(module, name)
@@ -141,18 +137,10 @@ class FusedLinear(_Fused):
 
     def values(self, module: nn.Module, hidden: Tensor, head_dim: int) -> Tensor:
         """Project V."""
-        return self._third(module, hidden, head_dim, 2)
-
-    def keys(self, module: nn.Module, hidden: Tensor, head_dim: int) -> Tensor:
-        """Project K."""
-        return self._third(module, hidden, head_dim, 1)
-
-    def _third(self, module: nn.Module, hidden: Tensor, head_dim: int, which: int) -> Tensor:
         part = _part(module, self.name)
         weight, bias = part.weight, part.bias
         assert isinstance(weight, Tensor)
-        width = weight.shape[0] // 3
-        rows = slice(which * width, (which + 1) * width)
+        rows = slice(2 * (weight.shape[0] // 3), None)
         cut = bias[rows] if isinstance(bias, Tensor) else None
         return _split(nn.functional.linear(hidden, weight[rows], cut), head_dim)
 
@@ -165,18 +153,10 @@ class Interleaved(_Fused):
 
     def values(self, module: nn.Module, hidden: Tensor, head_dim: int) -> Tensor:
         """Project V."""
-        bias = getattr(module, self.value_bias)
-        assert isinstance(bias, Tensor)
-        return self._third(module, hidden, head_dim, 2, bias)
-
-    def keys(self, module: nn.Module, hidden: Tensor, head_dim: int) -> Tensor:
-        """Project K."""
-        return self._third(module, hidden, head_dim, 1, None)
-
-    def _third(self, module: nn.Module, hidden: Tensor, head_dim: int, which: int, bias: Tensor | None) -> Tensor:
-        weight = _part(module, self.name).weight
+        weight, bias = _part(module, self.name).weight, getattr(module, self.value_bias)
         assert isinstance(weight, Tensor)
-        rows = weight.view(-1, 3, head_dim, weight.shape[1])[:, which].reshape(-1, weight.shape[1])
+        assert isinstance(bias, Tensor)
+        rows = weight.view(-1, 3, head_dim, weight.shape[1])[:, 2].reshape(-1, weight.shape[1])
         return _split(nn.functional.linear(hidden, rows, bias), head_dim)
 
 

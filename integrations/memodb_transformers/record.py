@@ -155,7 +155,7 @@ def build(
         Lengths, such as ``(64, 128, 256, 512)``: ``path`` is then a folder of stores, one for each, and a batch goes to
         the smallest that its padded length fits into.
     profile
-        Whether to calibrate and profile at the end.
+        Whether to hold sequences out, calibrate and profile at the end.
     progress
         Progress bars: True, False, or None for where a terminal is.
 
@@ -176,7 +176,7 @@ def build(
     if lengths and root.exists():
         raise memodb.StoreExistsError(f"{root} exists: choose another path, or remove it first")
     recorders: dict[int, Recorder] = {}
-    longer = 0
+    longer, made = 0, False
     began = perf_counter()
     try:
         with in_inference(model):
@@ -187,8 +187,9 @@ def build(
                     longer += rows
                     continue
                 if chosen not in recorders:
-                    if lengths:
-                        root.mkdir(mode=0o700, exist_ok=True)
+                    if lengths and not made:
+                        root.mkdir(mode=0o700)
+                        made = True
                     recorders[chosen] = Recorder(
                         model,
                         sites,
@@ -199,6 +200,7 @@ def build(
                         backend=backend,
                         options=options,
                         embedder=make_embedder(embedder, chosen, sites, key_dim, seed),
+                        hold_out=profile,
                     )
                 recorders[chosen].run(batch)
         filled = [recorders[length] for length in sorted(recorders) if recorders[length].sequences]
@@ -215,7 +217,7 @@ def build(
     except BaseException:
         for recorder in recorders.values():
             recorder.undo()
-        if lengths and recorders:
+        if made:
             shutil.rmtree(root, ignore_errors=True)
         raise
     skipped = longer + sum(recorder.skipped for recorder in recorders.values())

@@ -15,12 +15,13 @@ from transformers import PreTrainedModel
 import memodb
 
 from .capture import Visit, attention_implementation, attention_visits, model_inputs
+from .card import ModelCard
 from .embedding import Embedder, RandomProjection
-from .errors import InvalidBatchError
+from .errors import InvalidBatchError, UnsupportedModelError
 from .forward import Ints, Spans, find_spans, roll_front
 from .lookup import namespace
 from .sites import ModelSites
-from .store import ModelCard, record_shape, write_store
+from .store import record_shape, write_store
 
 __all__ = ["Recorder", "batch_shape", "canonical", "make_embedder", "spans_of"]
 
@@ -49,6 +50,8 @@ class Recorder:
         As in :func:`memodb_transformers.build`.
     embedder
         What makes the keys.
+    hold_out
+        Whether to keep every tenth sequence out of the store.
     """
 
     def __init__(
@@ -63,6 +66,7 @@ class Recorder:
         backend: str,
         options: Mapping[str, Any],
         embedder: Embedder,
+        hold_out: bool,
     ) -> None:
         self.path = path
         self.card = ModelCard.of(sites)
@@ -75,6 +79,8 @@ class Recorder:
         self._embedder = embedder
         self._db: memodb.MemoDB | None = None
         self._seen = 0
+        self._hold_out = hold_out
+        self._received: list[int] = []
         self._spans: Spans | None = None
         self._keys = np.zeros((0, 0, 0), dtype=np.float32)  # [n, layers, key_dim]
         self._records = torch.zeros(0)  # [n, layers, *shape]
@@ -127,7 +133,13 @@ class Recorder:
             attention_implementation(self._model, "eager"),
             attention_visits(self._sites, self._receive, probabilities=self._target == "probs"),
         ):
+            self._received.clear()
             self._model(**inputs)
+        if sorted(self._received) != list(range(layers)):
+            raise UnsupportedModelError(
+                f"expected each of the {layers} attention layers to run once in a forward; found layers "
+                f"{self._received} to run: nothing of the others could be recorded"
+            )
         names = [namespace(layer, length) for length in spans.lengths.tolist() for layer in range(layers)]
         ids = self._db.put(self._records.flatten(0, 1), self._keys.reshape(n * layers, -1), namespace=names)
         assert np.array_equal(ids, np.arange(ids[0], ids[0] + len(ids)))
@@ -137,8 +149,10 @@ class Recorder:
     def _receive(self, visit: Visit) -> None:
         assert self._spans is not None
         layer, spans = visit.site.layer, self._spans
+        self._received.append(layer)
         lengths = torch.from_numpy(spans.lengths)
-        self._keys[:, layer] = self._embedder.embed(layer, roll_front(visit.hidden, spans.starts), lengths)
+        with torch.autocast(visit.hidden.device.type, enabled=False):
+            self._keys[:, layer] = self._embedder.embed(layer, roll_front(visit.hidden, spans.starts), lengths)
         self._records[:, layer].copy_(canonical(visit, spans, self.padded_length, self._target))
 
     def _select(self, inputs: dict[str, Any], spans: Spans) -> Ints:
@@ -148,11 +162,13 @@ class Recorder:
         numbers = np.arange(self._seen, self._seen + len(usable))
         self._seen += len(usable)
         held_before = sum(len(next(iter(batch.values()))) for batch in self.held_out)
+        if not self._hold_out:
+            return usable
         candidates = usable[numbers % _HOLD_OUT_EVERY == _HOLD_OUT_EVERY - 1][: _HOLD_OUT_MOST - held_before]
         if len(candidates):
             part = _cut(inputs, candidates, len(spans))
-            tensors = {name: value.cpu() for name, value in part.items() if isinstance(value, Tensor)}
-            self.held_out.append({name: value for name, value in tensors.items() if len(value) == len(candidates)})
+            tensors = {name: value.cpu() for name, value in part.items() if isinstance(value, Tensor) and value.dim()}
+            self.held_out.append({name: _each(value, len(candidates)) for name, value in tensors.items()})
         return np.setdiff1d(usable, candidates)
 
 
@@ -220,6 +236,11 @@ def make_embedder(embedder: str | Embedder, padded_length: int, sites: ModelSite
     """Make the embedder of a store, unless it is there already."""
     if isinstance(embedder, str):
         return RandomProjection.create(padded_length, sites.hidden_size, key_dim=key_dim, seed=seed)
+    longest = getattr(embedder, "padded_length", padded_length)
+    if longest < padded_length:
+        raise ValueError(
+            f"expected an embedder of sequences of {padded_length} tokens; found one of at most {longest} tokens"
+        )
     return embedder
 
 
@@ -237,6 +258,11 @@ def _cut(inputs: Mapping[str, Any], chosen: Ints, rows: int) -> dict[str, Any]:
         else value
         for name, value in inputs.items()
     }
+
+
+def _each(value: Tensor, rows: int) -> Tensor:
+    """Give each sequence its own row of what all of them share."""
+    return value.expand(rows, *value.shape[1:]) if len(value) == 1 else value
 
 
 def _regroup(batches: list[dict[str, Any]], rows: int) -> list[dict[str, Any]]:

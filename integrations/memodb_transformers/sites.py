@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -15,6 +16,7 @@ from transformers import PreTrainedModel
 
 from .errors import MemoizationActiveError, UnsupportedModelError, copied_inside
 from .families import Family, families
+from .projections import FusedConv1D, Separate
 
 __all__ = ["AttentionSite", "ModelSites", "find_memoizable", "find_sites", "patched"]
 
@@ -24,7 +26,18 @@ Forward = Callable[..., Any]
 # other probabilities in another batch.
 _ROTATIONS_BY_BATCH = ("dynamic", "longrope")
 
+_IMPLEMENTATIONS = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
+
 _patching = threading.Lock()
+
+
+def _renew() -> None:
+    """In a forked child: a thread that is not there may have held the lock."""
+    global _patching
+    _patching = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_renew)
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +62,11 @@ class AttentionSite:
     parameters: tuple[str, ...]
 
     @property
+    def computes_as_recorded(self) -> bool:
+        """Whether the module's attention is, at present, one that computes what the eager one does."""
+        return _implementation_problem(self.module, self.family) is None
+
+    @property
     def head_dim(self) -> int:
         """Width of one head."""
         return int(getattr(self.module, self.family.head_dim))
@@ -59,7 +77,9 @@ class AttentionSite:
 
     def keys(self, hidden: Tensor, call: Mapping[str, Any]) -> Tensor:
         """Project K of ``hidden`` [n, L, H] as it is cached: ``[n, kv_heads, L, head_dim]``."""
-        keys = self.family.projection.keys(self.module, hidden, self.head_dim).transpose(1, 2)
+        projection = self.family.projection
+        assert isinstance(projection, Separate | FusedConv1D)
+        keys = projection.keys(self.module, hidden, self.head_dim).transpose(1, 2)
         if self.family.rotary:
             cos, sin = call["position_embeddings"]
             rotate = sys.modules[self.family.module].apply_rotary_pos_emb
@@ -121,6 +141,8 @@ def find_sites(model: object) -> ModelSites:
         )
     name = type(model).__name__
     modules = list(model.modules())
+    if problem := _whole(modules):
+        raise UnsupportedModelError(f"{name} cannot be memoized: {problem}. Supported are the families {known}")
     for family in families():
         found = [
             child
@@ -130,7 +152,7 @@ def find_sites(model: object) -> ModelSites:
         ]
         if not found:
             continue
-        problem = next((said for module in found if (said := _problem(module, family))), None) or _whole(modules)
+        problem = next((said for module in found if (said := _problem(module, family))), None)
         if problem:
             raise UnsupportedModelError(f"{name} cannot be memoized: {problem}. Supported are the families {known}")
         encoders = [module for module in modules if _base(module, family, family.model_class) is not None]
@@ -169,9 +191,9 @@ def patched(sites: ModelSites, replacement: Callable[[nn.Module, Forward], Forwa
     Parameters
     ----------
     sites
-        The attention layers.
+        The encoder and its attention layers.
     replacement
-        Called with each module and its own forward; returns what is to run instead.
+        Called with the encoder and each attention module, and its own forward; returns what is to run instead.
 
     Raises
     ------
@@ -181,16 +203,19 @@ def patched(sites: ModelSites, replacement: Callable[[nn.Module, Forward], Forwa
     with ExitStack() as stack:
         with _patching:
             _check_free(sites)
-            for module in sites.modules:
+            for module in [sites.encoder, *sites.modules]:
+                own: Forward = module.forward
                 stack.callback(_put_back, module, vars(module).get("forward"))
-                vars(module)["forward"] = _Patched(replacement(module, module.forward))
+                vars(module)["forward"] = _Patched(own, replacement(module, own))
         yield
 
 
 class _Patched:
     """A forward that stands in for a module's own. It belongs to one object: no copy of the model may have it."""
 
-    def __init__(self, run: Forward) -> None:
+    def __init__(self, own: Forward, run: Forward) -> None:
+        # Callers that look at what a forward takes (generation, pipelines) shall see what they always saw.
+        self.__signature__ = inspect.signature(own)
         self._run = run
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -231,6 +256,8 @@ def _problem(module: nn.Module, family: Family) -> str | None:
         return "it has cross-attention"
     if not family.causal and any(bool(getattr(module, flag, False)) for flag in ("is_decoder", "is_causal")):
         return "it is configured as a decoder, whose causal attention and growing cache this family is not known with"
+    if family.causal and getattr(getattr(module, "config", None), "is_causal", True) is False:
+        return "its configuration makes causal attention bidirectional (is_causal=False)"
     if getattr(module, "talking_head", False):
         return "its talking heads mix probabilities after the softmax"
     if not hasattr(module, family.head_dim):
@@ -240,12 +267,26 @@ def _problem(module: nn.Module, family: Family) -> str | None:
     for kind in kinds:
         if isinstance(kind, Mapping) and kind.get("rope_type") in _ROTATIONS_BY_BATCH:
             return f"its rotary embedding of type {kind['rope_type']!r} depends on the other sequences of a batch"
-    return family.projection.problem(module)
+    return _implementation_problem(module, family) or family.projection.problem(module)
+
+
+def _implementation_problem(module: nn.Module, family: Family) -> str | None:
+    """Say that the attention implementation is not known to compute what the eager one does, or None."""
+    chosen = getattr(getattr(module, "config", None), "_attn_implementation", None)
+    if chosen is None or family.asks_for_probabilities or chosen in _IMPLEMENTATIONS:
+        return None
+    return (
+        f"its attention implementation {chosen!r} is not known to compute what eager attention does, of which records "
+        f"are; known are {', '.join(_IMPLEMENTATIONS)}"
+    )
 
 
 def _whole(modules: list[nn.Module]) -> str | None:
-    if any(getattr(module, "_compiled_call_impl", None) is not None for module in modules):
-        return "it was compiled in place by .compile(): memoize a copy that is not"
+    for module in modules:
+        if type(module).__name__ == "OptimizedModule":
+            return "a part of it is compiled (OptimizedModule): memoize a model that is not"
+        if getattr(module, "_compiled_call_impl", None) is not None:
+            return "it was compiled in place by .compile(): memoize a copy that is not"
     return None
 
 

@@ -4,6 +4,7 @@
 ``path/transformers/`` holds, as JSON and ``.npy`` files that are read without pickle:
 
 - ``memo.json``: which model and shape the records are of; written last, so that a broken build is no memo store
+- ``model-probe.npy``: what the model makes of a fixed input
 - ``embedder-*.npy``: the parameters of the embedder
 - ``profile.json``: calibration and costs of each layer, once profiled
 """
@@ -15,24 +16,22 @@ import json
 import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch import Tensor
 
 import memodb
 from memodb.safe import Guard
 
+from .card import ModelCard
 from .embedding import Embedder, load_embedder
 from .errors import StoreMismatchError
-from .sites import ModelSites
 
 __all__ = [
     "TARGETS",
     "MemoStore",
-    "ModelCard",
     "bucket_path",
     "open_store",
     "open_stores",
@@ -47,50 +46,6 @@ _FORMAT = "memodb-transformers"
 _VERSION = 2
 _FOLDER = "transformers"
 TARGETS = ("probs", "context")
-# Weight norms survive a change of dtype or device within this relative error, but not further training.
-_NORM_TOLERANCE = 0.01
-
-
-@dataclass(frozen=True, slots=True)
-class ModelCard:
-    """Which model a store was built from; enough to refuse another one."""
-
-    family: str
-    layers: int
-    heads: int
-    head_dim: int
-    hidden_size: int
-    norms: tuple[float, ...]
-
-    @classmethod
-    def of(cls, sites: ModelSites) -> ModelCard:
-        """Describe a model by its shape and the norms of its Q, K and V projections."""
-        norms = []
-        for site in sites.layers:
-            for name in site.family.projection.names:
-                weight = getattr(getattr(site.module, name), "weight", None)
-                if isinstance(weight, Tensor) and weight.is_floating_point():
-                    norms.append(round(float(weight.detach().double().norm()), 6))
-                else:
-                    norms.append(-1.0)  # quantized: cannot be compared
-        family, head_dim = sites.family.name, sites.layers[0].head_dim
-        return cls(family, len(sites.layers), sites.heads, head_dim, sites.hidden_size, tuple(norms))
-
-    def check(self, other: ModelCard, path: Path) -> None:
-        """Raise :class:`StoreMismatchError` unless ``other`` is the model that the store at ``path`` is of."""
-        for name in ("family", "layers", "heads", "head_dim", "hidden_size"):
-            built, found = getattr(self, name), getattr(other, name)
-            if built != found:
-                raise StoreMismatchError(
-                    f"the store at {path} was built from a model with {name} = {built}; found {name} = {found}: "
-                    "build a store for this model"
-                )
-        pairs = [(a, b) for a, b in zip(self.norms, other.norms, strict=True) if a >= 0 and b >= 0]
-        if any(abs(a - b) > _NORM_TOLERANCE * max(a, b) for a, b in pairs):
-            raise StoreMismatchError(
-                f"the store at {path} was built from a model of this shape with other weights (the norms of its query, "
-                "key and value projections differ): build a store for this model"
-            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,13 +100,12 @@ def write_store(
     Guard.of(path).make_directory(folder)
     arrays = embedder.arrays()
     for name, array in arrays.items():
-        packed = io.BytesIO()
-        np.save(packed, array, allow_pickle=False)
-        _write(folder / f"embedder-{name}.npy", packed.getbuffer())
+        _write_array(folder / f"embedder-{name}.npy", array)
+    _write_array(folder / "model-probe.npy", card.probe)
     memo = {
         "format": _FORMAT,
         "version": _VERSION,
-        "model": asdict(card),
+        "model": card.to_dict(),
         "padded_length": padded_length,
         "store_dtype": store_dtype,
         "target": target,
@@ -198,8 +152,9 @@ def open_store(path: str | os.PathLike[str], card: ModelCard) -> Iterator[MemoSt
                 f"expected {file} in format {_FORMAT} version {_VERSION}; found {memo.get('format')!r} version "
                 f"{memo.get('version')!r}: build the store again with this version"
             )
+        probe = _read_array(root / _FOLDER / "model-probe.npy")
         try:
-            built = ModelCard(**{**memo["model"], "norms": tuple(memo["model"]["norms"])})
+            built = ModelCard.from_dict(memo["model"], probe)
             config = memo["embedder"]
             names = [str(name) for name in config["arrays"]]
             padded_length, store_dtype, target = int(memo["padded_length"]), memo["store_dtype"], memo["target"]
@@ -217,6 +172,12 @@ def open_store(path: str | os.PathLike[str], card: ModelCard) -> Iterator[MemoSt
         arrays = {name: _read_array(root / _FOLDER / f"embedder-{name}.npy") for name in names}
         embedder = load_embedder(config, arrays)
         yield MemoStore(root, db, built, padded_length, store_dtype, target, embedder, read_profile(root))
+
+
+def _write_array(file: Path, array: np.ndarray[Any, Any]) -> None:
+    packed = io.BytesIO()
+    np.save(packed, array, allow_pickle=False)
+    _write(file, packed.getbuffer())
 
 
 def _read_array(file: Path) -> np.ndarray[Any, Any]:

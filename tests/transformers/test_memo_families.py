@@ -133,7 +133,6 @@ def test_the_side_and_the_width_of_padding_do_not_matter_to_what_is_found(path: 
         found = states(model, batch)
         narrow = tiny_batch(LENGTHS)
         narrow = {name: value[[0, 1, 4], :12] for name, value in narrow.items()}
-        assert torch.allclose(states(model, narrow), states(model, narrow), atol=1e-4, rtol=0)
         narrow_found = states(model, narrow)
     assert memo.stats()["memoization_rate"] == 1.0
     assert torch.allclose(found, states(model, batch), atol=1e-4, rtol=0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import pickle
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -21,6 +22,13 @@ import memodb_transformers as mt  # noqa: E402
 
 ANY_DISTANCE = 1e9
 ITSELF = 1e-4
+
+
+def changed(batch: dict[str, torch.Tensor], row: int) -> dict[str, torch.Tensor]:
+    """Take one sequence, with another token at the fourth place."""
+    near = {name: value[[row]].clone() for name, value in batch.items()}
+    near["input_ids"][0, 3] = (near["input_ids"][0, 3] + 1) % 50 + 3
+    return near
 
 
 def test_the_records_of_a_sequence_have_consecutive_ids(path: Path) -> None:
@@ -43,20 +51,17 @@ def test_one_search_serves_all_layers(path: Path) -> None:
     assert first["search_seconds"] > 0
     assert [(row["lookups"], row["hits"], row["search_seconds"]) for row in others] == [(3, 3, 0.0)] * 2
     assert torch.allclose(found, logits(model, batch), atol=1e-4)
+    plain = logits(model, batch)
     with mt.memoize(model, path, threshold=ITSELF, layers=[], lookup="sequence") as memo:
-        assert torch.equal(logits(model, batch), logits(model, batch))
+        assert torch.equal(logits(model, batch), plain)
     assert memo.stats()["layers"][0]["search_seconds"] == 0.0
 
 
-def test_a_layer_s_own_threshold_applies_to_the_sequence_found(path: Path) -> None:
+def test_each_layer_is_calibrated_on_the_similarity_of_its_own_record(path: Path) -> None:
     model = tiny_model()
     known = tiny_batch([8] * 6)
-    near = {name: value[:1].clone() for name, value in known.items()}
-    near["input_ids"][0, 3] = (near["input_ids"][0, 3] + 1) % 50 + 3
+    near = changed(known, 0)
     mt.build(model, [known], path, profile=False)
-    mt.profile(model, [known, near], path)
-    with memodb.MemoDB.open(path) as db:
-        assert len(db) == 12
     report = mt.profile(model, [join(known, near)], path)
     layer = report.layers[1]
     assert layer.sequence_distances[:6] == pytest.approx([0.0] * 6, abs=1e-6)
@@ -65,6 +70,52 @@ def test_a_layer_s_own_threshold_applies_to_the_sequence_found(path: Path) -> No
     # The first layer's distance, and the similarity that the record of that sequence has in the second.
     assert layer.sequence_distances[6] == report.layers[0].distances[6] > 1e-3
     assert 0 < layer.sequence_similarities[6] < 1
+
+
+def test_each_layer_has_its_own_threshold_on_the_distance_of_the_sequence(path: Path) -> None:
+    model = tiny_model(layers=3)
+    known = tiny_batch([8] * 6)
+    near = changed(known, 0)
+    mt.build(model, [known], path, profile=False)
+    far = mt.profile(model, [join(near, known)], path).layers[0].distances[0]
+    assert far is not None
+    file = path / "transformers" / "profile.json"
+    profile = json.loads(file.read_text())
+    for row, scores in zip(profile["layers"], ([0.9, 0.7], [0.95, 0.9], [0.9, 0.8]), strict=True):
+        row.update(sequence_distances=[0.5 * far, 1.5 * far], sequence_similarities=scores)
+    file.write_text(json.dumps(profile))
+    expected = {"conservative": [0, 1, 0], "moderate": [0, 1, 1], "aggressive": [0, 1, 1]}
+    for level, hits in expected.items():
+        with mt.memoize(model, path, level=level, layers="all", lookup="sequence") as memo:
+            logits(model, near)
+        assert [row["hits"] for row in memo.stats()["layers"]] == hits
+        assert [row["threshold"] / far for row in memo.stats()["layers"]] == pytest.approx(
+            [1.5 if hit else 0.5 for hit in hits]
+        )
+
+
+def test_the_records_of_the_next_layer_are_gathered_ahead(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, list[int]]] = []
+    prefetch, gather = memodb.MemoDB.prefetch, memodb.MemoDB.multiget_mapped
+
+    def noted_prefetch(self: memodb.MemoDB, ids: np.ndarray, strategy: str = "auto") -> None:
+        asked.append(("ahead", ids.tolist()))
+        prefetch(self, ids, strategy)
+
+    def noted_gather(self: memodb.MemoDB, ids: np.ndarray, strategy: str = "auto") -> memodb.MappedBatch:
+        asked.append(("gather", ids.tolist()))
+        return gather(self, ids, strategy)
+
+    model = tiny_model(layers=4)
+    batch = tiny_batch([5, 9])
+    mt.build(model, [batch], path, profile=False)
+    monkeypatch.setattr(memodb.MemoDB, "prefetch", noted_prefetch)
+    monkeypatch.setattr(memodb.MemoDB, "multiget_mapped", noted_gather)
+    with mt.memoize(model, path, threshold=ITSELF, layers=[0, 1, 3], lookup="sequence"):
+        logits(model, batch)
+    assert asked == [
+        ("ahead", [1, 5]), ("gather", [0, 4]), ("ahead", [3, 7]), ("gather", [1, 5]), ("gather", [3, 7]),
+    ]  # fmt: skip
 
 
 def test_the_benefit_of_one_lookup_is_that_of_all_layers_together() -> None:
@@ -190,12 +241,13 @@ def test_what_comes_out_of_a_layer_may_be_written_to(path: Path, target: str) ->
     def double(module: object, args: object, output: tuple[torch.Tensor, None]) -> None:
         output[0].mul_(2.0)
 
-    handles = [layer.attention.self.register_forward_hook(double) for layer in model.bert.encoder.layer]
-    plain = logits(model, batch)
-    with mt.memoize(model, path, threshold=ANY_DISTANCE, layers="all"):
+    attention = model.bert.encoder.layer[0].attention.self
+    with mt.memoize(model, path, threshold=ANY_DISTANCE, layers="all") as memo:
+        handle = attention.register_forward_hook(double)
         found = logits(model, batch)
-    for handle in handles:
-        handle.remove()
+    assert memo.stats()["memoization_rate"] == 1.0
+    plain = logits(model, batch)
+    handle.remove()
     assert torch.allclose(found, plain, atol=1e-4, rtol=0)
     with memodb.MemoDB.open(path) as db:
         assert db.verify() == []
