@@ -149,7 +149,7 @@ def test_targets_are_found_in_results():
     assert found["auto"]["met"] is False
     assert found["memo:bert"]["met"] is True
     assert found["memo:eager"]["value"] == pytest.approx(0.6)
-    assert found["memo:cheapest"]["met"] is False
+    assert found["memo:one"]["met"] is False
     assert found["memo:deberta"]["met"] is None
     assert found["put"]["met"] is None
     assert "MISSED" in targets.as_text(_results())
