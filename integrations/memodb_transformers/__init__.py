@@ -35,6 +35,7 @@ from .profiling import profile
 from .record import BuildReport, build
 from .similarity import memoization_rate, similarity_score
 from .thresholds import LEVELS
+from .transfer import copy
 
 __all__ = [
     "LEVELS",
@@ -53,6 +54,7 @@ __all__ = [
     "StoreMismatchError",
     "UnsupportedModelError",
     "build",
+    "copy",
     "evaluate",
     "families",
     "memoization_rate",

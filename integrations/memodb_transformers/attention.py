@@ -50,11 +50,13 @@ class MemoAttention:
         self.original = original
         self.counters = counters or LayerCounters()
 
-    def can_reuse(self, call: Mapping[str, Any], rows: int) -> bool:
+    def can_reuse(self, call: Mapping[str, Any], spans: Spans) -> bool:
         """Tell whether all that the layer was called with is understood, so that it can be cut along the batch."""
-        hidden, cache = call.get("hidden_states"), call.get(_CACHE)
-        if not isinstance(hidden, Tensor) or hidden.dim() != 3 or hidden.shape[0] != rows or not rows:
+        hidden, cache, rows = call.get("hidden_states"), call.get(_CACHE), len(spans)
+        if not isinstance(hidden, Tensor) or hidden.dim() != 3 or hidden.shape[:2] != (rows, spans.padded) or not rows:
             return False
+        if self.site.family.projection.problem(self.site.module):
+            return False  # a hook that came later
         if call.get("output_attentions") or not isinstance(call.get("attention_mask"), Tensor | None):
             return False  # probabilities are to be returned; a mask of blocks
         if cache is not None and not (self.site.family.caches and is_empty(cache, self._cache_index)):

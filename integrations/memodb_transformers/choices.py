@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import numpy as np
+
 from .errors import StoreMismatchError
 from .lookup import LOOKUPS
 from .performance import ProfileReport
@@ -17,8 +19,7 @@ def check_lookup(stores: Mapping[int, MemoStore], lookup: str, length_tolerance:
     """Refuse a way to look up that there is not, or that the stores cannot serve; see :func:`memoize`."""
     if lookup not in LOOKUPS:
         raise ValueError(f"expected lookup to be one of {', '.join(LOOKUPS)}; found {lookup!r}")
-    whole = isinstance(length_tolerance, int) and not isinstance(length_tolerance, bool)
-    if not whole or length_tolerance < 0:
+    if not _is_whole(length_tolerance) or length_tolerance < 0:
         raise ValueError(f"expected length_tolerance to be a number of tokens, at least 0; found {length_tolerance!r}")
     contexts = [store.path for store in stores.values() if store.target == "context"]
     if length_tolerance and contexts:
@@ -36,9 +37,9 @@ def resolve_thresholds(
     lookup: str = "layer",
 ) -> dict[int, dict[int, float]]:
     """Find the layers to memoize and the threshold of each, for each store; see :func:`memoize`."""
-    if level not in LEVELS:
+    if not isinstance(level, str) or level not in LEVELS:
         raise ValueError(f"expected level to be one of {', '.join(LEVELS)}; found {level!r}")
-    number = isinstance(threshold, (int, float)) and not isinstance(threshold, bool)
+    number = isinstance(threshold, float | np.floating) or _is_whole(threshold)
     if threshold is not None and not (number and threshold >= 0):
         raise ValueError(f"expected threshold to be a squared distance of at least 0; found {threshold!r}")
     first = next(iter(stores.values()))
@@ -48,7 +49,7 @@ def resolve_thresholds(
         for length, store in stores.items()
         if store.profile is not None
     }
-    if not reports and (threshold is None or layers == "profiled"):
+    if not reports and (threshold is None or (isinstance(layers, str) and layers == "profiled")):
         raise StoreMismatchError(
             f"the store at {first.path} has no profile, which levels and layers='profiled' need: run "
             "memodb_transformers.profile on held-out batches, or give threshold= and layers="
@@ -65,11 +66,11 @@ def _thresholds(
     wanted: list[int],
     lookup: str,
 ) -> dict[int, float]:
-    found = dict.fromkeys(wanted, threshold) if threshold is not None else {}
+    found = dict.fromkeys(wanted, float(threshold)) if threshold is not None else {}
     if threshold is None and report is not None:
         found = dict(report.thresholds(level, lookup))
     thresholds = {layer: float(found[layer]) for layer in wanted if layer in found}
-    if layers != "profiled":
+    if not isinstance(layers, str) or layers != "profiled":
         return thresholds
     return {layer: thresholds[layer] for layer in report.paying(thresholds, lookup)} if report else {}
 
@@ -84,6 +85,10 @@ def _wanted(layers: str | Sequence[int], count: int) -> list[int]:
         wanted = list(set(layers))
     except TypeError:
         raise ValueError(said) from None
-    if any(isinstance(layer, bool) or not isinstance(layer, int) or not 0 <= layer < count for layer in wanted):
+    if not all(_is_whole(layer) and 0 <= layer < count for layer in wanted):
         raise ValueError(f"expected layers numbered 0 to {count - 1}; found {list(layers)}")
-    return sorted(wanted)
+    return sorted(map(int, wanted))
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)

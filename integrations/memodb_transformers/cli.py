@@ -12,6 +12,8 @@ from memodb import MemoDBError
 
 __all__ = ["main"]
 
+_NEW_LENGTH = 64
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit status."""
@@ -78,6 +80,12 @@ def _numbers(option: str, text: str) -> list[int]:
         raise ValueError(f"expected {option} numbers such as 0,3,5; found {text!r}") from error
 
 
+def _count(text: str) -> int:
+    if not text.isascii() or not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a number of at least 1; found {text!r}")
+    return int(text)
+
+
 def _lengths(text: str) -> list[int]:
     try:
         return _numbers("lengths,", text)
@@ -92,20 +100,28 @@ def _load(arguments: argparse.Namespace) -> tuple[Any, list[Any]]:
     from transformers.utils import logging
 
     from .data import read_text, to_batches
+    from .store import stored_lengths
 
     logging.disable_progress_bar()
+    logging.set_verbosity_error()  # a bare model of a classifier's weights is what is meant
     sentences, labels = read_text(arguments.data, arguments.limit)
     kind = AutoModel if labels is None else AutoModelForSequenceClassification
     # CPUs multiply half precision far more slowly than float32, and the memo multiplies in float32 anyway.
     model = kind.from_pretrained(arguments.model, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
+    lengths = arguments.buckets or ([arguments.padded_length] if arguments.padded_length else [])
+    if not lengths:
+        lengths = [_NEW_LENGTH] if arguments.run is _build else stored_lengths(arguments.store)
+    most = getattr(model.config, "max_position_embeddings", None)
+    if most is not None and max(lengths) > most:
+        raise ValueError(f"expected lengths of at most {most} tokens, as the model knows; found {max(lengths)}")
     batches = to_batches(
         tokenizer,
         sentences,
         labels,
-        padded_length=arguments.padded_length,
+        padded_length=max(lengths),
         batch_size=arguments.batch_size,
-        buckets=arguments.buckets or (),
+        buckets=lengths if len(lengths) > 1 else (),
     )
     return model, batches
 
@@ -123,12 +139,17 @@ def _parser() -> argparse.ArgumentParser:
         "data", help=".tsv file with the header sentence<TAB>label, or a text file with one sentence a line"
     )
     common.add_argument("store", help="folder of the memo store")
-    common.add_argument("--padded-length", type=int, default=64, metavar="L", help="tokens of a sequence (default 64)")
+    common.add_argument(
+        "--padded-length",
+        type=_count,
+        metavar="L",
+        help="tokens of a sequence (default: the store's, or 64)",
+    )
     common.add_argument(
         "--buckets", type=_lengths, metavar="L,L", help="lengths with a store for each, such as 64,128,256"
     )
-    common.add_argument("--batch-size", type=int, default=32, metavar="N", help="sequences a batch (default 32)")
-    common.add_argument("--limit", type=int, metavar="N", help="use N sentences, evenly spread over the file")
+    common.add_argument("--batch-size", type=_count, default=32, metavar="N", help="sequences a batch (default 32)")
+    common.add_argument("--limit", type=_count, metavar="N", help="use N sentences, evenly spread over the file")
     common.add_argument("--json", action="store_true", help="print JSON instead of Markdown")
     common.add_argument(
         "--progress", action=argparse.BooleanOptionalAction, help="progress bars (default: on a terminal)"

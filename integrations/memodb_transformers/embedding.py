@@ -17,7 +17,10 @@ from torch import Tensor
 
 from .errors import StoreMismatchError
 
-__all__ = ["Embedder", "LinearMLP", "RandomProjection", "load_embedder"]
+__all__ = ["Embedder", "LinearMLP", "RandomProjection", "load_embedder", "make_keys", "usable_keys"]
+
+# Squared lengths beyond this cannot be compared in float32; memodb refuses such keys.
+_LARGEST_NORM = float(np.finfo(np.float32).max) / 8
 
 
 @runtime_checkable
@@ -65,11 +68,12 @@ class RandomProjection:
     kind = "projection"
 
     def __init__(self, mixing: NDArray[np.float32], projection: NDArray[np.float32]) -> None:
-        mixes, self.padded_length = mixing.shape
-        if projection.ndim != 3 or len(projection) != mixes:
+        if mixing.ndim != 2 or projection.ndim != 3 or len(projection) != len(mixing):
             raise StoreMismatchError(
-                f"expected a projection [{mixes}, hidden, components]; found shape {list(projection.shape)}"
+                "expected mixing [mixes, L] and a projection [mixes, hidden, components]; found shapes "
+                f"{list(mixing.shape)} and {list(projection.shape)}"
             )
+        mixes, self.padded_length = mixing.shape
         self.hidden_size = projection.shape[1]
         self.key_dim = mixes * projection.shape[2]
         self._mixing = torch.from_numpy(np.ascontiguousarray(mixing, dtype=np.float32))
@@ -98,7 +102,7 @@ class RandomProjection:
         self._follow(hidden)
         lengths = lengths.to(hidden.device)
         counted = torch.arange(hidden.shape[1], device=hidden.device) < lengths[:, None]
-        weights = counted / lengths[:, None].clamp(min=1).sqrt()
+        weights = counted / lengths[:, None].clamp(min=1).float().sqrt()
         mixing = self._mixing[:, : hidden.shape[1]]
         mixed = torch.bmm(mixing * weights[:, None, :], hidden.float())  # [n, mixes, H]
         keys = torch.bmm(mixed.transpose(0, 1), self._projection)  # [mixes, n, components]
@@ -190,6 +194,19 @@ class LinearMLP:
         return {"weights": self._weights.cpu().numpy(), "biases": self._biases.cpu().numpy()}
 
 
+def make_keys(embedder: Embedder, layer: int, hidden: Tensor, lengths: Tensor) -> NDArray[np.float32]:
+    """Embed in full precision, and without gradients, whatever the model runs in."""
+    with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
+        return embedder.embed(layer, hidden, lengths)
+
+
+def usable_keys(keys: NDArray[np.float32]) -> NDArray[np.bool_]:
+    """Tell which keys ``[n, key_dim]`` can be searched by: those that are finite, and not too large to compare."""
+    with np.errstate(invalid="ignore", over="ignore"):
+        found: NDArray[np.bool_] = np.einsum("ij,ij->i", keys, keys) <= _LARGEST_NORM
+    return found
+
+
 def load_embedder(config: dict[str, Any], arrays: dict[str, NDArray[Any]]) -> Embedder:
     """Make an embedder again from what its ``config()`` and ``arrays()`` returned.
 
@@ -202,13 +219,17 @@ def load_embedder(config: dict[str, Any], arrays: dict[str, NDArray[Any]]) -> Em
         RandomProjection.kind: (RandomProjection, ("mixing", "projection")),
         LinearMLP.kind: (LinearMLP, ("weights", "biases")),
     }
-    if config.get("kind") not in kinds:
+    if not isinstance(config.get("kind"), str) or config["kind"] not in kinds:
         raise StoreMismatchError(
             f"expected an embedder of kind {' or '.join(map(repr, kinds))}; found {config.get('kind')!r}: the store "
-            "was written by another version of memodb_transformers"
+            "was built with an embedder of the caller's own, which has to be handed in as embedder=, or is of another "
+            "version"
         )
     kind, names = kinds[config["kind"]]
     missing = set(names) - arrays.keys()
     if missing:
         raise StoreMismatchError(f"the embedder lacks its arrays {sorted(missing)}: build the store again")
-    return kind(arrays[names[0]], arrays[names[1]])
+    parts = [arrays[name] for name in names]
+    if any(part.dtype.kind != "f" or not np.isfinite(part).all() for part in parts):
+        raise StoreMismatchError("the embedder's arrays are no finite numbers: build the store again")
+    return kind(*parts)

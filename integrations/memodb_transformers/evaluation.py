@@ -18,8 +18,10 @@ from transformers import PreTrainedModel
 from .capture import attention_implementation, in_inference, model_inputs
 from .card import ModelCard
 from .choices import check_lookup, resolve_thresholds
+from .embedding import Embedder
 from .errors import InvalidBatchError
 from .memoize import Memo
+from .recorder import batch_shape
 from .reports import markdown_table
 from .sites import find_memoizable
 from .store import open_stores
@@ -76,6 +78,7 @@ def evaluate(
     layers: str | Sequence[int] = "profiled",
     lookup: str = "layer",
     length_tolerance: int = 0,
+    embedder: Embedder | None = None,
     repeats: int = 3,
     progress: bool | None = None,
 ) -> EvaluationReport:
@@ -91,7 +94,7 @@ def evaluate(
         A model and the store that was built of it.
     batches
         Dicts of ``input_ids``, ``attention_mask`` and, for accuracy, ``labels`` [n].
-    levels, layers, lookup, length_tolerance
+    levels, layers, lookup, length_tolerance, embedder
         As in :func:`memoize`.
     kinds
         ``"plain"`` (no memoization) and ``"nearest"`` (the nearest record within the threshold).
@@ -127,8 +130,13 @@ def evaluate(
     if not data:
         raise InvalidBatchError("expected at least one batch; found none")
     disable = None if progress is None else not progress
-    with open_stores(path, ModelCard.of(sites)) as stores, in_inference(model):
+    with open_stores(path, ModelCard.of(sites), embedder) as stores, in_inference(model):
         check_lookup(stores, lookup, length_tolerance)
+        shortest = min(batch_shape(inputs)[1] for inputs, _ in data)
+        if shortest > max(stores):
+            raise InvalidBatchError(
+                f"expected batches padded to at most {max(stores)} tokens, as the store's; found none below {shortest}"
+            )
         memos = {
             level: Memo(
                 sites,
@@ -154,7 +162,8 @@ def evaluate(
                         if run[0] == "eager":
                             stack.enter_context(attention_implementation(model, "eager"))
                         began = perf_counter()
-                        outputs = [model(**inputs) for inputs, _ in data]
+                        # Logits only: whole outputs of a pass (hidden states, caches) may not fit into memory.
+                        outputs = [getattr(model(**inputs), "logits", None) for inputs, _ in data]
                         if model.device.type == "cuda":
                             torch.cuda.synchronize(model.device)
                         if turn:
@@ -191,17 +200,24 @@ def evaluate(
     return EvaluationReport(tuple(rows), stats, sequences, repeats)
 
 
-def _predictions(outputs: list[Any]) -> list[Tensor]:
-    """Most likely class of each sequence, batch by batch; empty for models without such logits."""
-    logits = [getattr(output, "logits", None) for output in outputs]
-    return [scores.argmax(dim=-1).cpu() for scores in logits if isinstance(scores, Tensor) and scores.dim() == 2]
+def _predictions(logits: list[Any]) -> list[Tensor]:
+    """Most likely class of each sequence, batch by batch; empty for models that do not choose between classes."""
+    return [
+        scores.argmax(dim=-1).cpu()
+        for scores in logits
+        if isinstance(scores, Tensor) and scores.dim() == 2 and scores.shape[-1] > 1
+    ]
 
 
 def _accuracy(predicted: list[Tensor], labels: list[Any]) -> float | None:
-    if len(predicted) != len(labels) or any(not isinstance(label, Tensor) for label in labels):
+    if len(predicted) != len(labels) or not all(map(_is_class, predicted, labels)):
         return None
     right = sum(int((p == label.cpu()).sum()) for p, label in zip(predicted, labels, strict=True))
     return right / sum(len(p) for p in predicted)
+
+
+def _is_class(predicted: Tensor, label: Any) -> bool:
+    return isinstance(label, Tensor) and label.shape == predicted.shape and not label.is_floating_point()
 
 
 def _agreement(predicted: list[Tensor], plain: list[Tensor]) -> float | None:

@@ -189,16 +189,22 @@ class ForwardWatch:
         source = given.get("inputs_embeds") if embedded else given.get("input_ids")
         if not isinstance(source, Tensor) or source.dim() < 2:
             return Forward(None)
+        cache = given.get("past_key_values")
+        if cache is not None and not (type(cache) is DynamicCache and cache.get_seq_length() == 0):
+            return Forward(None)  # a decoding step, or a cache that does not simply grow
         with counting():
             self.sequences += source.shape[0]
         return Forward(self._spans(given, source), embedded=embedded)
+
+    def reset(self) -> None:
+        """Count sequences from zero again."""
+        with counting():
+            self.sequences = 0
 
     def _spans(self, given: dict[str, Any], source: Tensor) -> Spans | None:
         wants_attentions = given.get("output_attentions")
         if wants_attentions is None:
             wants_attentions = getattr(self.encoder.config, "output_attentions", False)
-        cache = given.get("past_key_values")
-        grown = cache is not None and not (type(cache) is DynamicCache and cache.get_seq_length() == 0)
-        if wants_attentions or grown or given.get("encoder_hidden_states") is not None or source.shape[1] < 2:
+        if wants_attentions or given.get("encoder_hidden_states") is not None or source.shape[1] < 2:
             return None
         return find_spans(given.get("attention_mask"), source.shape[0], source.shape[1], given.get("position_ids"))

@@ -19,6 +19,7 @@ from torch import Tensor
 import memodb
 
 from .counting import counting
+from .embedding import make_keys, usable_keys
 from .forward import Ints, Spans, roll_front
 from .store import MemoStore
 
@@ -172,13 +173,12 @@ def find(
     ids = np.full(len(spans), -1, dtype=np.int64)
     distances = np.full(len(spans), np.inf, dtype=np.float32)
     lengths = spans.lengths.copy()
-    with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
-        keys = store.embedder.embed(layer, roll_front(hidden, spans.starts), torch.from_numpy(spans.lengths))
-    # A hidden state that is NaN or infinite is the model's affair: it passes through as without memoization.
-    rows = np.flatnonzero((spans.lengths > 0) & np.isfinite(keys).all(axis=1))
+    keys = make_keys(store.embedder, layer, roll_front(hidden, spans.starts), torch.from_numpy(spans.lengths))
+    # A hidden state that is NaN, infinite or near it is the model's affair: it passes as without memoization.
+    rows = np.flatnonzero((spans.lengths > 0) & usable_keys(keys))
     embedded = perf_counter()
     if len(rows):
-        steps = length_tolerance + 1
+        steps = min(length_tolerance, store.padded_length - int(spans.lengths[rows].min())) + 1
         # Shorter records say nothing of the tokens beyond their own: only longer ones can be cut to fit.
         wanted = np.minimum(spans.lengths[rows, None] + np.arange(steps), store.padded_length)  # [rows, steps]
         names = [namespace(layer, length) for length in wanted.ravel().tolist()]
@@ -195,16 +195,20 @@ def find(
 
 def fetch(db: memodb.MemoDB, ids: Ints) -> tuple[memodb.MappedBatch | None, Ints]:
     """Gather the records of the hits; what was deleted since the search is a miss. None: no hit is left."""
-    while (ids >= 0).any():
-        try:
-            return db.multiget_mapped(ids[ids >= 0]), ids
-        except memodb.RecordNotFoundError:
-            ids = np.where([i >= 0 and i in db for i in ids.tolist()], ids, -1)
-    return None, ids
+    try:
+        while (ids >= 0).any():
+            try:
+                return db.multiget_mapped(ids[ids >= 0]), ids
+            except memodb.RecordNotFoundError:
+                ids = np.where([i >= 0 and i in db for i in ids.tolist()], ids, -1)
+    except memodb.ClosedError:
+        pass  # another thread has left the memoize block
+    return None, np.full_like(ids, -1)
 
 
 def prefetch(db: memodb.MemoDB, ids: Ints) -> None:
     """Begin to gather in the background what :func:`fetch` of the same ids will ask for."""
     if (ids >= 0).any():
-        with suppress(memodb.RecordNotFoundError):  # deleted since the search: fetch sees to it
+        # Deleted or closed since the search: fetch sees to it.
+        with suppress(memodb.RecordNotFoundError, memodb.ClosedError):
             db.prefetch(ids[ids >= 0])

@@ -11,9 +11,12 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+import memodb
+
 from .attention import MemoAttention
 from .card import ModelCard
 from .choices import check_lookup, resolve_thresholds
+from .embedding import Embedder
 from .forward import Forward, ForwardWatch, Spans
 from .lookup import Found, LayerCounters, Seconds, find, prefetch
 from .similarity import memoization_rate
@@ -56,7 +59,7 @@ class Memo:
         self._thresholds = {length: dict(found) for length, found in thresholds.items()}
         self._memoized = {layer for found in self._thresholds.values() for layer in found}
         self._lookup = lookup
-        self._length_tolerance = length_tolerance
+        self._length_tolerance = int(length_tolerance)
         self._watch = ForwardWatch(sites.encoder)
         self._memos: dict[int, MemoAttention] = {}
         self._attached = False
@@ -73,10 +76,10 @@ class Memo:
         Returns
         -------
         dict
-            ``sequences``: sequences seen in inference; ``memoization_rate``: Eq. 2 of the AttMemo paper over all
-            layers of the model; ``target`` and ``lookup``; ``layers``: one dict for each layer of the model, with
-            ``layer``, ``memoized``, ``threshold`` (squared L2; a dict by L with length buckets), and all of
-            :class:`LayerCounters`: ``lookups``, ``hits``, ``bypassed``, ``embed_seconds``, ``search_seconds``,
+            ``sequences``: sequences seen in inference, without decoding steps; ``memoization_rate``: Eq. 2 of the
+            AttMemo paper over all layers of the model; ``target`` and ``lookup``; ``layers``: one dict for each layer
+            of the model, with ``layer``, ``memoized``, ``threshold`` (squared L2; a dict by L with length buckets), and
+            all of :class:`LayerCounters`: ``lookups``, ``hits``, ``bypassed``, ``embed_seconds``, ``search_seconds``,
             ``fetch_seconds``, ``attention_seconds`` and its parts.
         """
         layers = []
@@ -106,7 +109,7 @@ class Memo:
 
     def reset_stats(self) -> None:
         """Set all counters back to zero."""
-        self._watch.sequences = 0
+        self._watch.reset()
         for counters in self._counters:
             counters.reset()
 
@@ -150,12 +153,15 @@ class Memo:
         spans = forward.spans
         # The normalised input of the first layer does not tell the scale of embeddings, which later layers depend on.
         unscaled = forward.embedded and self._lookup == "sequence" and self._sites.family.normed
-        if store is None or spans is None or unscaled or not memo.can_reuse(call, len(spans)):
+        if store is None or spans is None or unscaled or not memo.can_reuse(call, spans):
             if layer in self._memoized:
-                memo.counters.count(bypassed=len(call["hidden_states"]))
+                memo.counters.count(bypassed=_rows(call))
             return memo.original(*args, **kwargs)
         seconds = Seconds()
-        found = self._find(layer, forward, spans, store, call["hidden_states"], thresholds, seconds)
+        try:
+            found = self._find(layer, forward, spans, store, call["hidden_states"], thresholds, seconds)
+        except memodb.ClosedError:
+            return memo.original(*args, **kwargs)  # another thread has left the block
         if found is None:
             memo.counters.count(seconds=seconds, bypassed=len(spans) if layer in thresholds else 0)
             return memo.original(*args, **kwargs)
@@ -199,6 +205,11 @@ class Memo:
         return next((store for length, store in self._stores.items() if length >= padded), None)
 
 
+def _rows(call: Mapping[str, Any]) -> int:
+    hidden = call.get("hidden_states")
+    return len(hidden) if isinstance(hidden, torch.Tensor) and hidden.dim() else 0
+
+
 @contextmanager
 def memoize(
     model: PreTrainedModel,
@@ -209,6 +220,7 @@ def memoize(
     layers: str | Sequence[int] = "profiled",
     lookup: str = "layer",
     length_tolerance: int = 0,
+    embedder: Embedder | None = None,
 ) -> Iterator[Memo]:
     """Let a model reuse stored attention for the length of a block.
 
@@ -239,6 +251,8 @@ def memoize(
         one search, at the input of the first layer, serve all layers.
     length_tolerance
         Reuse records of up to so many more tokens: columns beyond the length are cut, rows sum to 1 again.
+    embedder
+        Only for a store that was built with an embedder of the caller's own: that embedder.
 
     Yields
     ------
@@ -256,7 +270,7 @@ def memoize(
         ``level``, ``threshold``, ``layers``, ``lookup`` or ``length_tolerance`` cannot be used.
     """
     sites = find_memoizable(model)
-    with open_stores(path, ModelCard.of(sites)) as stores:
+    with open_stores(path, ModelCard.of(sites), embedder) as stores:
         check_lookup(stores, lookup, length_tolerance)
         thresholds = resolve_thresholds(stores, level, threshold, layers, lookup)
         memo = Memo(sites, stores, thresholds, lookup=lookup, length_tolerance=length_tolerance)

@@ -129,23 +129,23 @@ class ProfileReport:
         try:
             layers = tuple(
                 LayerProfile(
-                    layer=int(row["layer"]),
-                    attention_seconds=float(row["attention_seconds"]),
-                    lookup_seconds=float(row["lookup_seconds"]),
-                    hit_seconds=float(row["hit_seconds"]),
-                    split_seconds=float(row["split_seconds"]),
-                    distances=_scores(row["distances"]),
-                    similarities=_scores(row["similarities"]),
-                    sequence_distances=_scores(row["sequence_distances"]),
-                    sequence_similarities=_scores(row["sequence_similarities"]),
+                    int(row["layer"]),
+                    float(row["attention_seconds"]),
+                    float(row["lookup_seconds"]),
+                    float(row["hit_seconds"]),
+                    float(row["split_seconds"]),
+                    *_pairs(row),
+                    *_pairs(row, "sequence_"),
                 )
                 for row in plain["layers"]
             )
             sequences, batch_size, threads, padded_length = (
                 int(plain[name]) for name in ("sequences", "batch_size", "threads", "padded_length")
             )
+            if [row.layer for row in layers] != list(range(len(layers))):
+                raise ValueError(f"layers {[row.layer for row in layers]}")
             return cls(layers, sequences, batch_size, threads, str(plain["attention"]), padded_length)
-        except (KeyError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
             raise StoreMismatchError(
                 f"the profile of {path} is damaged ({error!r}): profile the store again"
             ) from error
@@ -196,8 +196,14 @@ class ProfileReport:
         return markdown_table(header, rows) + "\n" + note
 
 
-def _scores(found: Any) -> Scores:
-    return tuple(None if value is None else float(value) for value in found)
+def _pairs(row: Mapping[str, Any], prefix: str = "") -> tuple[Scores, Scores]:
+    distances, similarities = (
+        tuple(None if value is None else float(value) for value in row[prefix + name])
+        for name in ("distances", "similarities")
+    )
+    if len(distances) != len(similarities) or any(not 0 <= d < float("inf") for d in distances if d is not None):
+        raise ValueError("distances that are no distances, or without similarities")
+    return distances, similarities
 
 
 def _mean(scores: Scores) -> float | None:

@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 from .attention import MemoAttention
 from .capture import Visit, attention_implementation, attention_visits, in_inference, model_inputs
 from .card import ModelCard
+from .embedding import Embedder
 from .errors import InvalidBatchError
 from .forward import Ints, Spans
 from .lookup import Found, find
@@ -43,6 +44,7 @@ def profile(
     batches: Iterable[Mapping[str, Any]],
     path: str | os.PathLike[str],
     *,
+    embedder: Embedder | None = None,
     progress: bool | None = None,
 ) -> ProfileReport:
     """Calibrate the thresholds of a memo store and measure which layers pay, on data that is not in it.
@@ -58,6 +60,8 @@ def profile(
     batches
         Held-out batches, padded to the store's length at most, of the size that will be used: costs depend on it. With
         length buckets, each goes to its own.
+    embedder
+        As in :func:`memoize`.
     progress
         Progress bars: True, False, or None for where a terminal is.
 
@@ -70,7 +74,7 @@ def profile(
     """
     sites = find_memoizable(model)
     data = list(batches)
-    with open_stores(path, ModelCard.of(sites)) as stores:
+    with open_stores(path, ModelCard.of(sites), embedder) as stores:
         if len(stores) == 1:
             return profile_store(model, sites, next(iter(stores.values())), data, progress=progress)
         shares: dict[int, list[Any]] = {length: [] for length in stores}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import os
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
@@ -37,8 +38,8 @@ class BuildReport:
     Attributes
     ----------
     sequences, held_out, skipped
-        Sequences recorded; kept for the profile; left out because their tokens have holes, or because they are longer
-        than all buckets.
+        Sequences recorded; kept for the profile; left out because their tokens have holes, their hidden states are
+        not finite, or they are longer than all buckets.
     layers, records
         Attention layers, and records: one for each layer and sequence.
     record_shape, store_dtype
@@ -173,7 +174,7 @@ def build(
     lengths = _check_options(target, store_dtype, embedder, epochs, namespace_by_length, buckets)
     sites = find_memoizable(model)
     root = Path(path)
-    if lengths and root.exists():
+    if lengths and root.exists() and (not root.is_dir() or any(root.iterdir())):
         raise memodb.StoreExistsError(f"{root} exists: choose another path, or remove it first")
     recorders: dict[int, Recorder] = {}
     longer, made = 0, False
@@ -187,7 +188,7 @@ def build(
                     longer += rows
                     continue
                 if chosen not in recorders:
-                    if lengths and not made:
+                    if lengths and not root.exists():
                         root.mkdir(mode=0o700)
                         made = True
                     recorders[chosen] = Recorder(
@@ -237,7 +238,7 @@ def _report(
     """Profile one store, and say what it holds."""
     measured = None
     if profile and recorder.held_out:
-        with open_store(recorder.path, recorder.card) as store:
+        with open_store(recorder.path, recorder.card, recorder.embedder) as store:
             measured = profile_store(model, sites, store, recorder.held_out, progress=progress)
     return BuildReport(
         path=str(recorder.path),
@@ -295,14 +296,19 @@ def _check_options(
             f"expected embedder='projection' (a fixed random projection), the only one that is supported yet, or an "
             f"Embedder object; found {embedder!r}"
         )
+    if not isinstance(embedder, str | Embedder):
+        raise ValueError(f"expected embedder='projection' or an Embedder object; found {type(embedder).__name__}")
     if epochs is not None:
         raise ValueError(f"expected no epochs: embedder='projection' is not trained; found epochs={epochs!r}")
     if not namespace_by_length:
         raise ValueError("expected namespace_by_length=True: sequences of different valid length must never match")
     if buckets is None:
         return []
-    lengths = list(buckets)
-    if not lengths or any(isinstance(n, bool) or not isinstance(n, int) or n < 2 for n in lengths):
+    try:
+        lengths = [operator.index(length) for length in buckets if not isinstance(length, bool)]
+    except TypeError:
+        lengths = []
+    if not lengths or min(lengths) < 2:
         raise ValueError(f"expected buckets to be lengths of at least 2 tokens, such as (64, 128); found {buckets!r}")
     return sorted(set(lengths))
 

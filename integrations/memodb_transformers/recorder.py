@@ -16,7 +16,7 @@ import memodb
 
 from .capture import Visit, attention_implementation, attention_visits, model_inputs
 from .card import ModelCard
-from .embedding import Embedder, RandomProjection
+from .embedding import Embedder, RandomProjection, make_keys, usable_keys
 from .errors import InvalidBatchError, UnsupportedModelError
 from .forward import Ints, Spans, find_spans, roll_front
 from .lookup import namespace
@@ -76,7 +76,7 @@ class Recorder:
         self.held_out: list[dict[str, Any]] = []
         self._model, self._sites, self._target = model, sites, target
         self._store_dtype, self._backend, self._options = store_dtype, backend, options
-        self._embedder = embedder
+        self.embedder = embedder
         self._db: memodb.MemoDB | None = None
         self._seen = 0
         self._hold_out = hold_out
@@ -97,7 +97,7 @@ class Recorder:
                 self.path,
                 shape=self.shape,
                 dtype=self._store_dtype,
-                key_dim=self._embedder.key_dim,
+                key_dim=self.embedder.key_dim,
                 backend=self._backend,
                 **self._options,
             )
@@ -112,7 +112,7 @@ class Recorder:
         assert self._db is not None
         self._db.close()
         self.held_out = _regroup(self.held_out, self.batch_size)
-        write_store(self.path, self.card, self.padded_length, self._store_dtype, self._target, self._embedder)
+        write_store(self.path, self.card, self.padded_length, self._store_dtype, self._target, self.embedder)
 
     def undo(self) -> None:
         """Remove what this build wrote."""
@@ -126,7 +126,7 @@ class Recorder:
         n, layers = len(spans), len(self._sites.layers)
         self._spans = spans
         self._records = torch.empty((n, layers, *self.shape), dtype=_dtype(self._store_dtype))
-        self._keys = np.empty((n, layers, self._embedder.key_dim), dtype=np.float32)
+        self._keys = np.empty((n, layers, self.embedder.key_dim), dtype=np.float32)
         if self._sites.family.caches:
             inputs.setdefault("use_cache", False)
         with (
@@ -140,19 +140,25 @@ class Recorder:
                 f"expected each of the {layers} attention layers to run once in a forward; found layers "
                 f"{self._received} to run: nothing of the others could be recorded"
             )
+        # A sequence whose hidden states are not finite cannot be found again.
+        usable = usable_keys(self._keys.reshape(n * layers, -1)).reshape(n, layers).all(axis=1)
+        self.skipped += int((~usable).sum())
+        n, spans = int(usable.sum()), spans.take(np.flatnonzero(usable))
+        if not n:
+            return
         names = [namespace(layer, length) for length in spans.lengths.tolist() for layer in range(layers)]
-        ids = self._db.put(self._records.flatten(0, 1), self._keys.reshape(n * layers, -1), namespace=names)
+        records = self._records if usable.all() else self._records[torch.from_numpy(usable)]
+        ids = self._db.put(records.flatten(0, 1), self._keys[usable].reshape(n * layers, -1), namespace=names)
         assert np.array_equal(ids, np.arange(ids[0], ids[0] + len(ids)))
         self.sequences += n
-        self.bytes += self._records.nbytes
+        self.bytes += records.nbytes
 
     def _receive(self, visit: Visit) -> None:
         assert self._spans is not None
         layer, spans = visit.site.layer, self._spans
         self._received.append(layer)
         lengths = torch.from_numpy(spans.lengths)
-        with torch.autocast(visit.hidden.device.type, enabled=False):
-            self._keys[:, layer] = self._embedder.embed(layer, roll_front(visit.hidden, spans.starts), lengths)
+        self._keys[:, layer] = make_keys(self.embedder, layer, roll_front(visit.hidden, spans.starts), lengths)
         self._records[:, layer].copy_(canonical(visit, spans, self.padded_length, self._target))
 
     def _select(self, inputs: dict[str, Any], spans: Spans) -> Ints:

@@ -226,6 +226,8 @@ class _Patched:
 
 
 def _put_back(module: nn.Module, own: Forward | None) -> None:
+    if not isinstance(vars(module).get("forward"), _Patched):
+        return  # somebody gave the module another one meanwhile
     if own is None:
         vars(module).pop("forward", None)
     else:

@@ -11,32 +11,35 @@
 
 from __future__ import annotations
 
-import io
-import json
 import os
+import re
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import torch
 
 import memodb
 from memodb.safe import Guard
 
 from .card import ModelCard
-from .embedding import Embedder, load_embedder
+from .embedding import Embedder, load_embedder, make_keys
 from .errors import StoreMismatchError
+from .files import read_array, read_json, write_array, write_json
 
 __all__ = [
+    "MEMO_FILES",
     "TARGETS",
     "MemoStore",
     "bucket_path",
+    "bucket_paths",
     "open_store",
     "open_stores",
     "read_profile",
     "record_shape",
+    "stored_lengths",
     "write_profile",
     "write_store",
 ]
@@ -44,7 +47,8 @@ __all__ = [
 _FORMAT = "memodb-transformers"
 # 2: the records of all layers of a sequence have consecutive ids.
 _VERSION = 2
-_FOLDER = "transformers"
+MEMO_FILES = "transformers"
+_BUCKET = re.compile(r"L=[1-9]\d*")
 TARGETS = ("probs", "context")
 
 
@@ -75,7 +79,9 @@ def bucket_path(path: Path, padded_length: int) -> Path:
 
 
 @contextmanager
-def open_stores(path: str | os.PathLike[str], card: ModelCard) -> Iterator[dict[int, MemoStore]]:
+def open_stores(
+    path: str | os.PathLike[str], card: ModelCard, embedder: Embedder | None = None
+) -> Iterator[dict[int, MemoStore]]:
     """Open a memo store, or all those of a folder of length buckets, by the length L of their records.
 
     Raises
@@ -84,24 +90,56 @@ def open_stores(path: str | os.PathLike[str], card: ModelCard) -> Iterator[dict[
         As for :func:`open_store`.
     """
     root = Path(path)
-    parts = sorted(root.glob("L=*")) if root.is_dir() and not (root / _FOLDER).exists() else []
+    parts = bucket_paths(root)
     with ExitStack() as stack:
-        stores = [stack.enter_context(open_store(part, card)) for part in parts or [root]]
+        stores = [stack.enter_context(open_store(part, card, embedder)) for part in parts or [root]]
+        for part, store in zip(parts, stores, strict=False):
+            if part != bucket_path(root, store.padded_length):
+                raise StoreMismatchError(
+                    f"{part} holds records of L = {store.padded_length}: name the folder by them, or build again"
+                )
         if parts and len({(store.target, store.store_dtype) for store in stores}) != 1:
             raise StoreMismatchError(f"the buckets of {root} hold records of different kinds: build them again")
         yield {store.padded_length: store for store in sorted(stores, key=lambda store: store.padded_length)}
+
+
+def bucket_paths(path: Path) -> list[Path]:
+    """List the stores of a folder of length buckets; none: it is no such folder."""
+    return sorted(part for part in path.glob("L=*") if _BUCKET.fullmatch(part.name)) if path.is_dir() else []
+
+
+def stored_lengths(path: str | os.PathLike[str]) -> list[int]:
+    """Read which lengths L the records of a memo store have: one, or those of its buckets in the order of the folders.
+
+    Raises
+    ------
+    StoreMismatchError
+        There is no memo store, or a damaged one.
+    """
+    root = Path(path)
+    parts = bucket_paths(root) or [root]
+    found: list[int] = []
+    for part in parts:
+        file = part / MEMO_FILES / "memo.json"
+        if not file.exists():
+            raise StoreMismatchError(f"{part} holds no memo store of a model: make one with memodb_transformers.build")
+        length = read_json(file).get("padded_length")
+        if not isinstance(length, int):
+            raise StoreMismatchError(f"{file} is damaged (padded_length {length!r}): build the store again")
+        found.append(length)
+    return found
 
 
 def write_store(
     path: Path, card: ModelCard, padded_length: int, store_dtype: str, target: str, embedder: Embedder
 ) -> None:
     """Write what makes a database a memo store."""
-    folder = path / _FOLDER
+    folder = path / MEMO_FILES
     Guard.of(path).make_directory(folder)
     arrays = embedder.arrays()
     for name, array in arrays.items():
-        _write_array(folder / f"embedder-{name}.npy", array)
-    _write_array(folder / "model-probe.npy", card.probe)
+        write_array(folder / f"embedder-{name}.npy", array)
+    write_array(folder / "model-probe.npy", card.probe)
     memo = {
         "format": _FORMAT,
         "version": _VERSION,
@@ -111,23 +149,30 @@ def write_store(
         "target": target,
         "embedder": {**embedder.config(), "arrays": sorted(arrays)},
     }
-    _write_json(folder / "memo.json", memo)
+    write_json(folder / "memo.json", memo)
 
 
 def write_profile(path: Path, profile: dict[str, Any]) -> None:
     """Write the profile of a memo store, in place of an earlier one."""
-    _write_json(path / _FOLDER / "profile.json", profile)
+    write_json(path / MEMO_FILES / "profile.json", profile)
 
 
 def read_profile(path: Path) -> dict[str, Any] | None:
     """Read the profile of a memo store, or None where there is none yet."""
-    file = path / _FOLDER / "profile.json"
-    return _read_json(file) if file.exists() else None
+    file = path / MEMO_FILES / "profile.json"
+    return read_json(file) if file.exists() else None
 
 
 @contextmanager
-def open_store(path: str | os.PathLike[str], card: ModelCard) -> Iterator[MemoStore]:
+def open_store(path: str | os.PathLike[str], card: ModelCard, embedder: Embedder | None = None) -> Iterator[MemoStore]:
     """Open a memo store for reading, and close it at the end.
+
+    Parameters
+    ----------
+    path, card
+        The store, and the model that it is to serve.
+    embedder
+        The embedder that it was built with, where that was the caller's own.
 
     Raises
     ------
@@ -140,25 +185,25 @@ def open_store(path: str | os.PathLike[str], card: ModelCard) -> Iterator[MemoSt
     """
     root = Path(path)
     with memodb.MemoDB.open(root, mode="r") as db:
-        file = root / _FOLDER / "memo.json"
+        file = root / MEMO_FILES / "memo.json"
         if not file.exists():
             raise StoreMismatchError(
-                f"{root} is a memodb database, but no memo store of a model ({_FOLDER}/memo.json is missing): "
+                f"{root} is a memodb database, but no memo store of a model ({MEMO_FILES}/memo.json is missing): "
                 "make one with memodb_transformers.build"
             )
-        memo = _read_json(file)
+        memo = read_json(file)
         if memo.get("format") != _FORMAT or memo.get("version") != _VERSION:
             raise StoreMismatchError(
                 f"expected {file} in format {_FORMAT} version {_VERSION}; found {memo.get('format')!r} version "
                 f"{memo.get('version')!r}: build the store again with this version"
             )
-        probe = _read_array(root / _FOLDER / "model-probe.npy")
+        probe = read_array(root / MEMO_FILES / "model-probe.npy")
         try:
             built = ModelCard.from_dict(memo["model"], probe)
             config = memo["embedder"]
             names = [str(name) for name in config["arrays"]]
             padded_length, store_dtype, target = int(memo["padded_length"]), memo["store_dtype"], memo["target"]
-        except (KeyError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
             raise StoreMismatchError(f"{file} is damaged ({error!r}): build the store again") from error
         built.check(card, root)
         if not all(name.isidentifier() for name in names):
@@ -169,50 +214,22 @@ def open_store(path: str | os.PathLike[str], card: ModelCard) -> Iterator[MemoSt
                 f"{file} tells of records {target!r} {list(shape)} {store_dtype}, the database holds {db.spec}: build "
                 "the store again"
             )
-        arrays = {name: _read_array(root / _FOLDER / f"embedder-{name}.npy") for name in names}
-        embedder = load_embedder(config, arrays)
+        if embedder is None:
+            embedder = load_embedder(config, {n: read_array(root / MEMO_FILES / f"embedder-{n}.npy") for n in names})
+        _try_out(embedder, built, padded_length, db.key_dim, root)
         yield MemoStore(root, db, built, padded_length, store_dtype, target, embedder, read_profile(root))
 
 
-def _write_array(file: Path, array: np.ndarray[Any, Any]) -> None:
-    packed = io.BytesIO()
-    np.save(packed, array, allow_pickle=False)
-    _write(file, packed.getbuffer())
-
-
-def _read_array(file: Path) -> np.ndarray[Any, Any]:
+def _try_out(embedder: Embedder, card: ModelCard, padded_length: int, key_dim: int | None, path: Path) -> None:
+    """Embed nothing once: an embedder that does not fit shall say so here, not in the middle of a forward."""
     try:
-        array: np.ndarray[Any, Any] = np.load(io.BytesIO(_read(file)), allow_pickle=False)
-    except memodb.UnsafePathError:
-        raise
-    except (OSError, ValueError, EOFError) as error:
-        raise StoreMismatchError(f"{file} is missing or damaged ({error}): build the store again") from error
-    return array
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    text = json.dumps(content, indent=1, allow_nan=False) + "\n"
-    _write(path, text.encode())
-
-
-def _write(path: Path, content: bytes | memoryview) -> None:
-    """Put a file in place as a whole, with the permissions of the store's own."""
-    draft = path.with_suffix(".tmp")
-    draft.unlink(missing_ok=True)
-    Guard.of(path.parent.parent).directory(path.parent).write(draft, content)
-    os.replace(draft, path)
-
-
-def _read(path: Path) -> bytes:
-    """Return what is in a file, if it is the store's."""
-    return Guard.of(path.parent.parent).directory(path.parent).read(path)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(_read(path))
-    except ValueError as error:
-        raise StoreMismatchError(f"{path} is damaged ({error}): build the store again") from error
-    if not isinstance(content, dict):
-        raise StoreMismatchError(f"{path} is damaged (no JSON object): build the store again")
-    return content
+        hidden = torch.zeros(1, padded_length, card.hidden_size)
+        keys = make_keys(embedder, card.layers - 1, hidden, torch.tensor([padded_length]))
+        problem = None if keys.shape == (1, key_dim) else f"keys of shape {list(keys.shape)}"
+    except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
+        problem = str(error)
+    if problem:
+        raise StoreMismatchError(
+            f"expected an embedder of {card.layers} layers, [{padded_length}, {card.hidden_size}] to {key_dim}, as the "
+            f"store at {path} was built with; found: {problem}"
+        )

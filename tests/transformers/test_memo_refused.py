@@ -444,3 +444,244 @@ def test_locks_are_renewed_in_a_forked_child() -> None:
     sites._renew()
     assert counting._lock is not before[0]
     assert sites._patching is not before[1]
+
+
+def test_leaving_the_block_while_another_thread_is_inside_disturbs_nobody(path: Path) -> None:
+    model, batch = built(path)
+    plain = logits(model, batch)
+    inside, left = threading.Event(), threading.Event()
+    found: list[torch.Tensor] = []
+
+    def wait(*_: object) -> None:
+        inside.set()
+        assert left.wait(60)
+
+    thread = threading.Thread(target=lambda: found.append(logits(model, batch)))
+    with mt.memoize(model, path, threshold=ITSELF, layers="all"):
+        handle = model.bert.encoder.layer[0].register_forward_pre_hook(wait)
+        thread.start()
+        assert inside.wait(60)
+    left.set()
+    thread.join()
+    handle.remove()
+    assert torch.allclose(found[0], plain, atol=1e-5)
+
+
+def test_hooks_that_come_inside_the_block_on_fused_projections_are_heeded(path: Path) -> None:
+    model, batch = built(path, "gpt2")
+    with mt.memoize(model, path, threshold=ANY_DISTANCE, layers="all") as memo:
+        handle = model.transformer.h[0].attn.c_attn.register_forward_hook(lambda _, args, output: 2 * output)
+        found = states(model, batch)
+    plain = states(model, batch)
+    handle.remove()
+    assert hits(memo)[0] == 0
+    assert torch.allclose(found, plain, atol=1e-4) or hits(memo)[1] > 0
+
+
+def test_a_hook_that_shortens_the_sequence_is_heeded(path: Path) -> None:
+    model, _ = built(path)
+    batch = {"input_ids": tiny_batch([PADDED])["input_ids"]}
+    with torch.no_grad(), mt.memoize(model, path, threshold=ANY_DISTANCE, layers="all") as memo:
+        handle = model.bert.encoder.layer[0].register_forward_pre_hook(lambda _, args: (args[0][:, :12], *args[1:]))
+        found = model.bert(**batch)[0]
+    with torch.no_grad():
+        plain = model.bert(**batch)[0]
+    handle.remove()
+    assert hits(memo) == [0, 0]
+    assert torch.equal(found, plain)
+
+
+def test_a_forward_of_the_user_s_own_given_inside_the_block_is_left_alone(path: Path) -> None:
+    model, _ = built(path)
+    attention = model.bert.encoder.layer[0].attention.self
+    with mt.memoize(model, path, threshold=1.0, layers="all"):
+        attention.forward = own = lambda *args, **kwargs: None
+    assert attention.forward is own
+
+
+class MeanEmbedder:
+    """An embedder of the user's own."""
+
+    kind = "mean"
+    key_dim = 32
+
+    def embed(self, layer: int, hidden: torch.Tensor, lengths: torch.Tensor) -> Any:
+        counted = torch.arange(hidden.shape[1])[None, :, None] < lengths[:, None, None]
+        return (hidden.float() * counted).sum(dim=1).div(lengths.clamp(min=1)[:, None]).numpy()
+
+    def config(self) -> dict[str, Any]:
+        return {"kind": self.kind}
+
+    def arrays(self) -> dict[str, Any]:
+        return {}
+
+
+def test_an_embedder_of_the_user_s_own_is_handed_in_again(path: Path) -> None:
+    model = tiny_model()
+    embedder = MeanEmbedder()
+    batch = tiny_batch([8] * 20)
+    report = mt.build(model, [batch], path, embedder=embedder)
+    assert report.profile is not None
+    with pytest.raises(mt.StoreMismatchError, match="handed in as embedder="), mt.memoize(model, path):
+        pass
+    with mt.memoize(model, path, threshold=ITSELF, layers="all", embedder=embedder) as memo:
+        logits(model, batch)
+    assert hits(memo) == [18, 18]
+    mt.profile(model, [batch], path, embedder=embedder)
+    mt.evaluate(model, [batch], path, layers="all", repeats=1, levels=["moderate"], embedder=embedder)
+    with pytest.raises(mt.StoreMismatchError, match="expected an embedder of"):
+        mt.profile(model, [batch], path, embedder=mt.RandomProjection.create(PADDED, 32))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e25])
+def test_states_that_are_not_finite_are_neither_recorded_nor_searched(path: Path, value: float) -> None:
+    model = tiny_model()
+    states_in = torch.randn(3, PADDED, 32)
+    good = states_in.clone()
+    states_in[1, 3] = value
+    handle = model.bert.embeddings.register_forward_hook(lambda _, args, output: states_in)
+    batch = {"input_ids": tiny_batch([PADDED] * 3)["input_ids"]}
+    try:
+        report = mt.build(model, [batch], path, profile=False)
+    finally:
+        handle.remove()
+    assert (report.sequences, report.skipped) == (2, 1)
+    mt.build(model, [{"inputs_embeds": good}], path.with_name("other"), profile=False)
+    with mt.memoize(model, path.with_name("other"), threshold=ANY_DISTANCE, layers="all") as memo, torch.no_grad():
+        handle = model.bert.embeddings.register_forward_hook(lambda _, args, output: states_in)
+        model(**batch)
+        handle.remove()
+    assert memo.stats()["layers"][0]["hits"] == 2
+
+
+@pytest.mark.parametrize("buckets", [None, (8, 16)])
+def test_a_memo_store_is_copied_whole(path: Path, buckets: Any) -> None:
+    model = tiny_model()
+    batches = [tiny_batch([8] * 20, padded=8), tiny_batch([PADDED] * 20)][0 if buckets else 1 :]
+    mt.build(model, batches, path, buckets=buckets)
+    target = path.with_name("copied")
+    mt.copy(path, target, backend="files")
+    for batch in batches:
+        with mt.memoize(model, target, threshold=ITSELF, layers="all") as memo:
+            logits(model, batch)
+        assert hits(memo) == [18, 18]
+    with mt.memoize(model, target, level="moderate", layers="all"):
+        pass
+    with pytest.raises(FileExistsError):
+        mt.copy(path, target)
+    memodb.MemoDB.create(path.with_name("plain"), shape=(2,), dtype="float32").close()
+    with pytest.raises(mt.StoreMismatchError, match="no memo store"):
+        mt.copy(path.with_name("plain"), path.with_name("nowhere"))
+    assert not path.with_name("nowhere").exists()
+
+
+def header(dtype: str, shape: str) -> bytes:
+    """Make a .npy file that is a header only."""
+    text = f"{{'descr': '{dtype}', 'fortran_order': False, 'shape': ({shape},), }}"
+    return b"\x93NUMPY\x01\x00\x76\x00" + text.encode().ljust(117) + b"\n"
+
+
+DAMAGE = {
+    "deep": ("memo.json", b"[" * 200_000),
+    "deep profile": ("profile.json", b"[" * 200_000),
+    "huge number": ("memo.json", b'"padded_length": 1e400'),
+    "zip": ("model-probe.npy", b"PK\x03\x04" + bytes(100)),
+    "huge shape": ("embedder-mixing.npy", header("<f4", "1099511627776")),
+    "pickle": ("embedder-mixing.npy", header("|O", "1")),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_damage_beside_the_database_is_said_to_be_that(path: Path, kind: str) -> None:
+    model = tiny_model()
+    mt.build(model, [tiny_batch([8] * 20)], path)
+    name, content = DAMAGE[kind]
+    file = path / "transformers" / name
+    if kind == "huge number":
+        content = file.read_bytes().replace(b'"padded_length": 16', content)
+    file.write_bytes(content)
+    with pytest.raises(mt.StoreMismatchError, match="damaged"), mt.memoize(model, path):
+        pass
+
+
+@pytest.mark.parametrize("harm", ["narrow", "nan", "other size", "layers", "lengths", "negative"])
+def test_parts_that_do_not_fit_are_refused_before_the_model_runs(path: Path, harm: str) -> None:
+    import json
+
+    import numpy as np
+
+    model = tiny_model()
+    mt.build(model, [tiny_batch([8] * 20)], path)
+    folder = path / "transformers"
+    mixing, projection = (np.load(folder / f"embedder-{name}.npy") for name in ("mixing", "projection"))
+    profile = json.loads((folder / "profile.json").read_text())
+    if harm == "narrow":
+        np.save(folder / "embedder-mixing.npy", mixing[:, :8])
+    elif harm == "nan":
+        np.save(folder / "embedder-mixing.npy", mixing * np.nan)
+    elif harm == "other size":
+        np.save(folder / "embedder-projection.npy", projection[:, :16])
+    elif harm == "layers":
+        profile["layers"][1]["layer"] = 99
+    elif harm == "lengths":
+        profile["layers"][1]["distances"].append(0.1)
+    else:
+        profile["layers"][0]["distances"][0] = -1.0
+    (folder / "profile.json").write_text(json.dumps(profile))
+    with pytest.raises(mt.StoreMismatchError), mt.memoize(model, path):
+        pass
+
+
+def test_bucket_folders_are_told_by_their_names_and_checked_against_them(path: Path) -> None:
+    model = tiny_model()
+    mt.build(model, [tiny_batch([8] * 2, padded=8), tiny_batch([12] * 2)], path, buckets=(8, 16), profile=False)
+    (path / "L=x").mkdir()
+    (path / "L=8.bak").mkdir()
+    (path / "transformers").mkdir()
+    with mt.memoize(model, path, threshold=ITSELF, layers="all") as memo:
+        logits(model, tiny_batch([8] * 2, padded=8))
+    assert hits(memo) == [2, 2]
+    (path / "L=8").rename(path / "L=32")
+    with (
+        pytest.raises(mt.StoreMismatchError, match=r"L=32 holds records of L = 8"),
+        mt.memoize(model, path, threshold=1.0, layers="all"),
+    ):
+        pass
+
+
+def test_evaluate_counts_classes_only_where_there_are_classes(path: Path) -> None:
+    model = tiny_model(num_labels=1)
+    batch = {**tiny_batch([8] * 20), "labels": torch.rand(20)}
+    mt.build(model, [batch], path)
+    report = mt.evaluate(model, [batch], path, levels=["moderate"], layers="all", repeats=1)
+    assert [(row["accuracy"], row["agreement"]) for row in report.rows] == [(None, None)] * 2
+    with pytest.raises(mt.InvalidBatchError, match="at most 16"):
+        mt.evaluate(model, [tiny_batch([20], padded=20)], path, layers="all")
+
+
+def test_numbers_of_numpy_and_tolerances_beyond_all_records_are_taken(path: Path) -> None:
+    import numpy as np
+
+    model, batch = built(path)
+    with mt.memoize(
+        model, path, threshold=np.float32(ITSELF), layers=np.arange(2), length_tolerance=np.int64(10**9)
+    ) as memo:
+        logits(model, batch)
+    assert hits(memo) == [3, 3]
+    for wrong in ({"level": ["moderate"]}, {"threshold": "1"}, {"lookup": "row"}):
+        arguments: dict[str, Any] = {"threshold": 1.0, "layers": "all", **wrong}
+        with pytest.raises(ValueError, match="expected"), mt.memoize(model, path, **arguments):
+            pass
+
+
+def test_another_default_dtype_changes_nothing(path: Path) -> None:
+    model, batch = built(path)
+    plain = logits(model, batch)
+    torch.set_default_dtype(torch.float64)
+    try:
+        with mt.memoize(model, path, threshold=ITSELF, layers="all", length_tolerance=1) as memo:
+            found = logits(model, batch)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert hits(memo) == [3, 3]
+    assert torch.allclose(found, plain, atol=1e-4)

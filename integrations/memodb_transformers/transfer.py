@@ -1,0 +1,66 @@
+"""Copy a memo store, whole: the database and what belongs to the model."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import memodb
+from memodb.safe import Guard
+
+from .store import MEMO_FILES, bucket_path, bucket_paths, stored_lengths
+
+__all__ = ["copy"]
+
+
+def copy(
+    source: str | os.PathLike[str], destination: str | os.PathLike[str], *, backend: str | None = None, **options: Any
+) -> None:
+    """Copy a memo store, or a folder of length buckets, to another place or backend.
+
+    ``memodb.copy`` copies a database alone: what it makes of a memo store is no memo store.
+
+    Parameters
+    ----------
+    source, destination
+        The store, and a path at which nothing is yet.
+    backend, **options
+        As for ``memodb.copy``; default: the backend of the source.
+
+    Raises
+    ------
+    StoreMismatchError
+        ``source`` is no memo store.
+    memodb.StoreExistsError
+        Something is at ``destination``.
+    """
+    root, target = Path(source), Path(destination)
+    lengths = stored_lengths(root)  # says so if it is no memo store
+    if target.exists():
+        raise memodb.StoreExistsError(f"{target} exists: choose another path, or remove it first")
+    settings = options if backend is None else {**options, "backend": backend}
+    parts = bucket_paths(root)
+    try:
+        if parts:
+            target.mkdir(mode=0o700)
+        for part, length in zip(parts, lengths, strict=False):
+            _copy_one(part, bucket_path(target, length), settings)
+        if not parts:
+            _copy_one(root, target, settings)
+    except BaseException:
+        shutil.rmtree(target, ignore_errors=True)
+        raise
+
+
+def _copy_one(source: Path, destination: Path, settings: dict[str, Any]) -> None:
+    memodb.copy(source, destination, **settings)
+    folder = destination / MEMO_FILES
+    Guard.of(destination).make_directory(folder)
+    here = Guard.of(source).directory(source / MEMO_FILES)
+    there = Guard.of(destination).directory(folder)
+    names = sorted(file.name for file in (source / MEMO_FILES).iterdir() if file.suffix in (".json", ".npy"))
+    # Written last, as in a build: a copy that was cut off is no memo store.
+    for name in sorted(names, key=lambda name: name == "memo.json"):
+        there.write(folder / name, here.read(source / MEMO_FILES / name))
