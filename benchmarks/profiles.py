@@ -148,7 +148,7 @@ _PROFILES = (
         table6=(256, 512),
         backend_lengths=(128, 512),
         puts=3,
-        memo=MemoSize((128, 512), layers=6, known=40, turns=9),
+        memo=MemoSize((128, 512), layers=6, known=24, turns=7),
     ),
     Profile(
         name="quick",

@@ -244,9 +244,10 @@ def _memo(results: Results) -> str:
     text = [
         "`benchmarks/test_memo.py`. One forward of a model of base-sized layers with random weights (what a layer "
         "costs does not depend on them), without padding, two threads; embedding, search, gather with its page faults "
-        "and unmapping, misses, and the rest of the model are on the clock. Records are float16 probabilities where "
-        'nothing else is said, contexts float32. "Of plain": of the model with its default attention (SDPA for BERT, '
-        "eager for DeBERTa-v2). The paper's embedder is one matrix a layer (`LinearMLP`)."
+        "and unmapping, misses, and the rest of the model are on the clock. Records are probabilities, in bfloat16 "
+        "where the processor multiplies that and in float16 elsewhere, where nothing else is said; contexts are "
+        'float32. Ratios are medians of the ratios of single rounds. "Of plain": of the model with its default '
+        "attention (SDPA for BERT, eager for DeBERTa-v2). The paper's embedder is one matrix a layer (`LinearMLP`)."
     ]
     for title, header, lines in [*report_memo.models(results), *report_memo.breakdowns(results)]:
         text.append(f"{title}:\n\n{table(header, lines)}")

@@ -181,7 +181,7 @@ def _parser() -> argparse.ArgumentParser:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--model", metavar="DIR_OR_HUB_NAME", help="a classifier of a supported family, instead of training one")
+    parser.add_argument("--model", metavar="DIR_OR_HUB_NAME", help="a classifier, instead of training one")
     parser.add_argument("--data", type=Path, metavar="FILE.tsv", help="with --model: sentence<TAB>label, with header")
     parser.add_argument("--heldout", type=Path, metavar="FILE.tsv", help="held-out part (default: a fifth of --data)")
     parser.add_argument("--sequences", type=int, default=2000, metavar="N", help="sequences to record (default 2000)")

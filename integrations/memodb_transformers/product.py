@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from functools import cache
+from time import perf_counter
+
 import torch
 from torch import Tensor
 
-__all__ = ["weighted_values"]
+__all__ = ["multiplies_bfloat16", "weighted_values"]
 
 # Elements of a block that is turned into float32 before it is multiplied: 2 MiB, which stays in the cache in between.
 # Turning a whole batch over first writes it to memory and reads it again, twice its size each way.
@@ -15,8 +18,10 @@ _BLOCK = 1 << 19
 def weighted_values(probabilities: Tensor, value: Tensor) -> Tensor:
     """Weigh V by attention probabilities: the context of scaled dot-product attention.
 
-    Sums are in float32 whatever the records are stored in. Only bfloat16 times bfloat16 is left to the processor: a
-    model whose V is bfloat16 runs where that is fast. CPUs multiply float16 ten times slower than they convert it.
+    Products are in float32 whatever the records are stored in, but for bfloat16 records where the processor multiplies
+    bfloat16 faster than it converts it (measured once, :func:`multiplies_bfloat16`), or where V is bfloat16 itself:
+    then V and the context are rounded as the records are, and sums are in float32. CPUs multiply float16 many times
+    slower than they convert it.
 
     Parameters
     ----------
@@ -38,9 +43,32 @@ def weighted_values(probabilities: Tensor, value: Tensor) -> Tensor:
         context = torch.matmul(probabilities, split)
     elif probabilities.device.type != "cpu":
         context = torch.matmul(probabilities.to(split.dtype), split)
+    elif probabilities.dtype == torch.bfloat16 and multiplies_bfloat16():
+        context = torch.matmul(probabilities, split.to(torch.bfloat16))
     else:
         context = _by_blocks(probabilities, split.float())
     return context.transpose(1, 2).reshape(n, length, -1).to(value.dtype)
+
+
+@cache
+def multiplies_bfloat16() -> bool:
+    """Measure whether this processor multiplies bfloat16 faster than it converts and multiplies float32."""
+    probabilities = torch.full((1, 4, 256, 256), 1 / 256, dtype=torch.bfloat16)
+    value = torch.ones(1, 4, 256, 64)
+
+    def seconds(convert: bool) -> float:
+        times = []
+        for _ in range(7):
+            began = perf_counter()
+            if convert:
+                _by_blocks(probabilities, value)
+            else:
+                torch.matmul(probabilities, value.to(torch.bfloat16))
+            times.append(perf_counter() - began)
+        return min(times)
+
+    with torch.no_grad():
+        return seconds(convert=False) < 0.8 * seconds(convert=True)
 
 
 def _by_blocks(probabilities: Tensor, value: Tensor) -> Tensor:

@@ -139,7 +139,7 @@ def build(
         that of the recorded sequence as well.
     store_dtype
         dtype of the records: ``"float32"``, ``"float16"``, ``"bfloat16"``, ``"float8_e4m3fn"`` or ``"float8_e5m2"``.
-        They are multiplied in float32, converted block by block, but for models in bfloat16.
+        They are multiplied in float32, converted block by block; bfloat16 as it is where the processor does that fast.
     backend, **options
         Backend of the store and its options, such as ``max_bytes`` (for each bucket) and ``index``: see
         ``memodb.MemoDB.create``.
