@@ -1,6 +1,7 @@
 """What reuse does to a real classifier: both targets, both ways to look up, all levels, beside the plain model.
 
-Run: ``MEMODB_EVAL_DATA=... python -m benchmarks.memo_quality`` (a quarter of an hour); ``--quick`` tries it.
+Run: ``MEMODB_EVAL_DATA=... python -m benchmarks.memo_quality`` (half an hour; with ``--recorded 2000 --tried 300
+--repeats 1`` a few minutes); ``--quick`` tries it.
 
 MEMODB_EVAL_DATA names a folder with ``models/minilm-sst2``, ``models/debertav2-sst2`` and ``data/sst2``. Writes
 ``benchmarks/results/quality.json``; every layer is memoized, so that hit rates can be compared.
@@ -52,7 +53,16 @@ def measure(root: Path, name: str, recorded: int, tried: int, repeats: int) -> l
                 report = mt.evaluate(model, new, place / "store", layers="all", lookup=lookup, repeats=repeats)
                 for row in report.rows:
                     if row["level"] is not None or not rows:
-                        rows.append({"model": name, "target": target, "lookup": lookup, "recorded": recorded, **row})
+                        rows.append(
+                            {
+                                "model": name,
+                                "target": target,
+                                "lookup": lookup,
+                                "recorded": recorded,
+                                "tried": tried,
+                                **row,
+                            }
+                        )
     return rows
 
 
@@ -60,7 +70,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Measure all models and write the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="few sentences, nothing written")
-    quick = parser.parse_args(arguments).quick
+    parser.add_argument("--recorded", type=int, default=6000, help="sentences of the training set in the store")
+    parser.add_argument("--tried", type=int, default=872, help="sentences of the development set")
+    parser.add_argument("--repeats", type=int, default=3, help="timed passes")
+    given = parser.parse_args(arguments)
+    quick = given.quick
     data = os.environ.get("MEMODB_EVAL_DATA")
     if not data:
         print("memo_quality: MEMODB_EVAL_DATA names no folder with models and data", file=sys.stderr)
@@ -68,8 +82,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     results = []
     with two_threads():
         for name in MODELS:
-            recorded, tried, repeats = (200, 64, 1) if quick else (6000, 872, 3)
-            results += measure(Path(data), name, recorded, tried, repeats)
+            sizes = (200, 64, 1) if quick else (given.recorded, given.tried, given.repeats)
+            results += measure(Path(data), name, *sizes)
     written = {"machine": machine_facts(), "profile": "full", "results": results}
     text = json.dumps(written, indent=1) + "\n"
     if quick:

@@ -251,6 +251,13 @@ def _memo(results: Results) -> str:
     ]
     for title, header, lines in [*report_memo.models(results), *report_memo.breakdowns(results)]:
         text.append(f"{title}:\n\n{table(header, lines)}")
+    if measured := report_memo.quality(results):
+        first = targets.rows(results, "quality")[0]
+        text.append(
+            f"What reuse does to real classifiers (`benchmarks/memo_quality.py`): {first['recorded']} sentences of "
+            f"SST-2 recorded, {first['tried']} others tried, L = 64, every layer memoized; one lookup a layer beside one a "
+            f"sequence, at each level:\n\n{table(*measured)}"
+        )
     return "\n\n".join(text)
 
 
