@@ -255,8 +255,8 @@ def _memo(results: Results) -> str:
         first = targets.rows(results, "quality")[0]
         text.append(
             f"What reuse does to real classifiers (`benchmarks/memo_quality.py`): {first['recorded']} sentences of "
-            f"SST-2 recorded, {first['tried']} others tried, L = 64, every layer memoized; one lookup a layer beside one a "
-            f"sequence, at each level:\n\n{table(*measured)}"
+            f"SST-2 recorded, {first['tried']} others tried, L = 64, every layer memoized; one lookup a layer beside "
+            f"one a sequence, at each level:\n\n{table(*measured)}"
         )
     return "\n\n".join(text)
 
