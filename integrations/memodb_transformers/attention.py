@@ -14,7 +14,7 @@ import memodb
 
 from .caches import ScratchCache, is_empty
 from .errors import GradientUnavailableError
-from .forward import Ints, Spans, roll_back, roll_front
+from .forward import Ints, Spans, present, roll_back, roll_front
 from .lookup import Found, LayerCounters, Seconds, fetch
 from .product import weighted_values
 from .sites import AttentionSite
@@ -217,8 +217,7 @@ class MemoAttention:
         """Multiply records with V, both turned so that the tokens begin at 0: ``[n, L, heads * head_dim]``."""
         probabilities = records[:, :, : spans.padded, : spans.padded]
         value = roll_front(value, spans.starts)
-        valid = torch.from_numpy(spans.lengths).to(value.device)[:, None]
-        padding = torch.arange(spans.padded, device=value.device) >= valid  # [n, L]
+        padding = ~present(torch.from_numpy(spans.lengths).to(value.device), spans.padded)  # [n, L]
         padded = bool((spans.lengths < spans.padded).any())
         whole = value
         if padded:
@@ -240,9 +239,9 @@ class MemoAttention:
         self, context: Tensor, probabilities: Tensor, value: Tensor, padding: Tensor, cut: Tensor
     ) -> Tensor:
         """Let the rows of records that were cut sum to 1 again; rows that lost all attend to all tokens alike."""
-        present = (~padding).float()[:, :, None, None]
-        sums = weighted_values(probabilities, present)  # [n, L, heads]
-        counts = present.sum(dim=(1, 2, 3)).clamp(min=1)
+        tokens = (~padding).float()[:, :, None, None]
+        sums = weighted_values(probabilities, tokens)  # [n, L, heads]
+        counts = tokens.sum(dim=(1, 2, 3)).clamp(min=1)
         mean = value.float().sum(dim=1) / counts[:, None, None]
         mean = mean.repeat_interleave(sums.shape[-1] // mean.shape[1], dim=1)  # [n, heads, head_dim]
         by_head = context.unflatten(-1, (sums.shape[-1], -1)).float()

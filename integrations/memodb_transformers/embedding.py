@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from .errors import StoreMismatchError
+from .forward import present
 
 __all__ = ["Embedder", "LinearMLP", "RandomProjection", "load_embedder", "make_keys", "usable_keys"]
 
@@ -101,7 +102,7 @@ class RandomProjection:
         """Embed hidden states ``[n, L, H]``; the projection is the same for every layer."""
         self._follow(hidden)
         lengths = lengths.to(hidden.device)
-        counted = torch.arange(hidden.shape[1], device=hidden.device) < lengths[:, None]
+        counted = present(lengths, hidden.shape[1])
         weights = counted / lengths[:, None].clamp(min=1).float().sqrt()
         mixing = self._mixing[:, : hidden.shape[1]]
         mixed = torch.bmm(mixing * weights[:, None, :], hidden.float())  # [n, mixes, H]
@@ -179,7 +180,7 @@ class LinearMLP:
         # Position by position and summed: a product of few rows and a very long inner side keeps one core busy.
         parts = torch.bmm(hidden.detach().float().transpose(0, 1), weights)  # [L, n, key_dim]
         if bool((lengths < padded).any()):
-            counted = torch.arange(padded, device=hidden.device)[:, None] < lengths.to(hidden.device)
+            counted = present(lengths.to(hidden.device), padded).T
             parts = parts.masked_fill(~counted[:, :, None], 0.0)
         keys = parts.sum(dim=0) + self._biases[layer]
         found: NDArray[np.float32] = keys.cpu().numpy()

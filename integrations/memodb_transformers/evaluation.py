@@ -22,7 +22,7 @@ from .embedding import Embedder
 from .errors import InvalidBatchError
 from .memoize import Memo
 from .recorder import batch_shape
-from .reports import markdown_table
+from .reports import hide_bar, markdown_table
 from .sites import find_memoizable
 from .store import open_stores
 
@@ -129,7 +129,6 @@ def evaluate(
     data = [(model_inputs(batch, model.device), batch.get("labels")) for batch in batches]
     if not data:
         raise InvalidBatchError("expected at least one batch; found none")
-    disable = None if progress is None else not progress
     with open_stores(path, ModelCard.of(sites), embedder) as stores, in_inference(model):
         check_lookup(stores, lookup, length_tolerance)
         shortest = min(batch_shape(inputs)[1] for inputs, _ in data)
@@ -152,7 +151,7 @@ def evaluate(
         predictions: dict[tuple[str, str | None], list[Tensor]] = {}
         seconds: dict[tuple[str, str | None], list[float]] = {run: [] for run in runs}
         stats: dict[str, dict[str, Any]] = {}
-        with tqdm(total=len(runs) * (repeats + 1), desc="evaluating", unit="pass", disable=disable) as bar:
+        with tqdm(total=len(runs) * (repeats + 1), desc="evaluating", unit="pass", disable=hide_bar(progress)) as bar:
             for turn in range(repeats + 1):
                 for run, memo in runs.items():
                     with ExitStack() as stack:
@@ -196,7 +195,7 @@ def evaluate(
                 "bytes": record_bytes if level else None,
             }
         )
-    sequences = sum(len(inputs["input_ids" if "input_ids" in inputs else "inputs_embeds"]) for inputs, _ in data)
+    sequences = sum(batch_shape(inputs)[0] for inputs, _ in data)
     return EvaluationReport(tuple(rows), stats, sequences, repeats)
 
 

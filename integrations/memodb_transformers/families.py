@@ -85,8 +85,21 @@ def _bert_like(name: str, prefix: str) -> Family:
     return Family(name, _modeling(name), f"{prefix}SelfAttention", f"{prefix}Model")
 
 
+def _deberta(name: str, model_class: str, projection: Projection) -> Family:
+    return Family(
+        name,
+        _modeling(name),
+        "DisentangledSelfAttention",
+        model_class,
+        projection=projection,
+        asks_for_probabilities=True,
+        masks_rows=True,
+        batch_arguments=frozenset({"attention_mask", "relative_pos"}),
+        common_arguments=frozenset({"rel_embeddings"}),
+    )
+
+
 _ROTARY = frozenset({"attention_mask", "position_ids", "position_embeddings"})
-_DISENTANGLED = frozenset({"attention_mask", "relative_pos"})
 
 _FAMILIES = (
     _bert_like("bert", "Bert"),
@@ -112,28 +125,8 @@ _FAMILIES = (
         finish=Residual(),
         shared=True,
     ),
-    Family(
-        "deberta",
-        _modeling("deberta"),
-        "DisentangledSelfAttention",
-        "DebertaModel",
-        projection=Interleaved("in_proj"),
-        asks_for_probabilities=True,
-        masks_rows=True,
-        batch_arguments=_DISENTANGLED,
-        common_arguments=frozenset({"rel_embeddings"}),
-    ),
-    Family(
-        "deberta-v2",
-        _modeling("deberta-v2"),
-        "DisentangledSelfAttention",
-        "DebertaV2Model",
-        projection=Separate("query_proj", "key_proj", "value_proj"),
-        asks_for_probabilities=True,
-        masks_rows=True,
-        batch_arguments=_DISENTANGLED,
-        common_arguments=frozenset({"rel_embeddings"}),
-    ),
+    _deberta("deberta", "DebertaModel", Interleaved("in_proj")),
+    _deberta("deberta-v2", "DebertaV2Model", Separate("query_proj", "key_proj", "value_proj")),
     Family(
         "modernbert",
         _modeling("modernbert"),

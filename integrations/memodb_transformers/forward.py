@@ -22,7 +22,7 @@ from transformers import DynamicCache
 from .counting import counting
 from .errors import UnsupportedModelError, copied_inside
 
-__all__ = ["Forward", "ForwardWatch", "Spans", "find_spans", "roll_back", "roll_front"]
+__all__ = ["Forward", "ForwardWatch", "Spans", "find_spans", "present", "roll_back", "roll_front"]
 
 Ints = NDArray[np.int64]
 
@@ -88,6 +88,11 @@ def find_spans(attention_mask: Any, rows: int, padded: int, position_ids: Any = 
         inside = (places >= 0) & (places < lengths[:, None] - 1)
         lengths = np.where((steps | ~inside).all(axis=1), lengths, 0)
     return Spans(starts, lengths, padded)
+
+
+def present(lengths: Tensor, padded: int) -> Tensor:
+    """Tell which of ``padded`` positions hold tokens that begin at 0: bool ``[n, padded]``, where ``lengths`` lie."""
+    return torch.arange(padded, device=lengths.device) < lengths[:, None]
 
 
 def roll_front(states: Tensor, starts: Ints, axis: int = 1) -> Tensor:

@@ -135,11 +135,10 @@ class LayerCounters:
             for name, value in vars(LayerCounters()).items():
                 setattr(self, name, value)
 
-    def add_to(self, row: dict[str, object]) -> None:
-        """Add all counts and times to those of a row of ``Memo.stats()``."""
+    def as_dict(self) -> dict[str, int | float]:
+        """Return all counts and times, of one moment."""
         with counting():
-            for name, value in vars(self).items():
-                row[name] = row.get(name, 0) + value
+            return dict(vars(self))
 
 
 def find(

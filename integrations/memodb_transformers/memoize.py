@@ -21,7 +21,7 @@ from .forward import Forward, ForwardWatch, Spans
 from .lookup import Found, LayerCounters, Seconds, find, prefetch
 from .similarity import memoization_rate
 from .sites import ModelSites, find_memoizable, patched
-from .store import MemoStore, open_stores
+from .store import MemoStore, open_stores, smallest_fitting
 
 __all__ = ["Memo", "memoize"]
 
@@ -94,7 +94,7 @@ class Memo:
                 "memoized": bool(found),
                 "threshold": (found or None) if len(self._stores) > 1 else next(iter(found.values()), None),
             }
-            counters.add_to(row)
+            row.update(counters.as_dict())
             layers.append(row)
         hits = [int(row["hits"]) for row in layers]
         # Counters may have been set back in the middle of a forward.
@@ -202,7 +202,8 @@ class Memo:
 
     def _store_for(self, padded: int) -> MemoStore | None:
         """Choose the smallest bucket that a batch fits into."""
-        return next((store for length, store in self._stores.items() if length >= padded), None)
+        length = smallest_fitting(self._stores, padded)
+        return None if length is None else self._stores[length]
 
 
 def _rows(call: Mapping[str, Any]) -> int:

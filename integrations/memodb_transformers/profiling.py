@@ -29,9 +29,10 @@ from .forward import Ints, Spans
 from .lookup import Found, find
 from .performance import LayerProfile, ProfileReport, Scores
 from .recorder import batch_shape, canonical, spans_of
+from .reports import hide_bar
 from .similarity import context_similarities, similarity_scores
 from .sites import ModelSites, find_memoizable
-from .store import MemoStore, open_stores, write_profile
+from .store import MemoStore, open_stores, smallest_fitting, write_profile
 
 __all__ = ["profile", "profile_store"]
 
@@ -80,8 +81,9 @@ def profile(
         shares: dict[int, list[Any]] = {length: [] for length in stores}
         for batch in data:
             spans = _spans(batch, max(stores))
-            if spans is not None:
-                shares[min(length for length in stores if length >= spans.padded)].append(batch)
+            length = None if spans is None else smallest_fitting(stores, spans.padded)
+            if length is not None:
+                shares[length].append(batch)
         if not any(shares.values()):
             raise InvalidBatchError(
                 f"expected batches padded to at most {max(stores)} tokens, as the store's; found none"
@@ -116,9 +118,8 @@ def profile_store(
         )
     trials = [_Trial(layer, store) for layer in range(len(sites.layers))]
     plan = [(True, *pair) for pair in usable] + [(False, *pair) for pair in usable[:_TIMED_BATCHES]]
-    disable = None if progress is None else not progress
     with in_inference(model):
-        for calibrating, batch, spans in tqdm(plan, desc="profiling", unit="batch", disable=disable):
+        for calibrating, batch, spans in tqdm(plan, desc="profiling", unit="batch", disable=hide_bar(progress)):
             visit = _calibrator(trials, spans) if calibrating else _timer(trials, spans)
             inputs = model_inputs(batch, model.device)
             if sites.family.caches:

@@ -17,14 +17,15 @@ from transformers import PreTrainedModel
 import memodb
 
 from .capture import in_inference, model_inputs
+from .card import ModelCard
 from .embedding import Embedder, RandomProjection
 from .errors import InvalidBatchError
 from .performance import ProfileReport
 from .profiling import profile_store
 from .recorder import Recorder, batch_shape, make_embedder
-from .reports import markdown_table, readable_bytes
+from .reports import hide_bar, markdown_table, readable_bytes
 from .sites import ModelSites, find_memoizable
-from .store import TARGETS, bucket_path, open_store
+from .store import TARGETS, bucket_path, open_store, smallest_fitting
 
 __all__ = ["BuildReport", "build"]
 
@@ -173,6 +174,7 @@ def build(
     """
     lengths = _check_options(target, store_dtype, embedder, epochs, namespace_by_length, buckets)
     sites = find_memoizable(model)
+    card = ModelCard.of(sites)
     root = Path(path)
     if lengths and root.exists() and (not root.is_dir() or any(root.iterdir())):
         raise memodb.StoreExistsError(f"{root} exists: choose another path, or remove it first")
@@ -181,8 +183,9 @@ def build(
     began = perf_counter()
     try:
         with in_inference(model):
-            for batch in tqdm(batches, desc="recording", unit="batch", disable=_disable(progress)):
-                rows, padded = batch_shape(model_inputs(batch, model.device))
+            for batch in tqdm(batches, desc="recording", unit="batch", disable=hide_bar(progress)):
+                inputs = model_inputs(batch, model.device)
+                rows, padded = batch_shape(inputs)
                 chosen = _bucket(padded, lengths, recorders)
                 if chosen is None:
                     longer += rows
@@ -194,6 +197,7 @@ def build(
                     recorders[chosen] = Recorder(
                         model,
                         sites,
+                        card,
                         bucket_path(root, chosen) if lengths else root,
                         chosen,
                         target=target,
@@ -203,7 +207,7 @@ def build(
                         embedder=make_embedder(embedder, chosen, sites, key_dim, seed),
                         hold_out=profile,
                     )
-                recorders[chosen].run(batch)
+                recorders[chosen].run(inputs)
         filled = [recorders[length] for length in sorted(recorders) if recorders[length].sequences]
         if not filled:
             raise InvalidBatchError(
@@ -212,9 +216,7 @@ def build(
         for recorder in filled:
             recorder.finish()
         seconds = perf_counter() - began
-        reports = [
-            _report(model, sites, recorder, target, store_dtype, seconds, profile, progress) for recorder in filled
-        ]
+        reports = [_report(model, sites, recorder, seconds, progress) for recorder in filled]
     except BaseException:
         for recorder in recorders.values():
             recorder.undo()
@@ -229,30 +231,27 @@ def _report(
     model: PreTrainedModel,
     sites: ModelSites,
     recorder: Recorder,
-    target: str,
-    store_dtype: str,
     seconds: float,
-    profile: bool,
     progress: bool | None,
 ) -> BuildReport:
     """Profile one store, and say what it holds."""
     measured = None
-    if profile and recorder.held_out:
+    if recorder.held_out:
         with open_store(recorder.path, recorder.card, recorder.embedder) as store:
             measured = profile_store(model, sites, store, recorder.held_out, progress=progress)
     return BuildReport(
         path=str(recorder.path),
         sequences=recorder.sequences,
-        held_out=sum(len(next(iter(batch.values()))) for batch in recorder.held_out),
+        held_out=recorder.held,
         skipped=recorder.skipped,
         layers=len(sites.layers),
         records=recorder.sequences * len(sites.layers),
         record_shape=recorder.shape,
-        store_dtype=store_dtype,
+        store_dtype=recorder.store_dtype,
         bytes=recorder.bytes,
         seconds=seconds,
         profile=measured,
-        target=target,
+        target=recorder.target,
     )
 
 
@@ -268,7 +267,7 @@ def _total(root: Path, reports: list[BuildReport], skipped: int, *, buckets: boo
 def _bucket(padded: int, lengths: Sequence[int], recorders: Mapping[int, Recorder]) -> int | None:
     """Choose the L of a batch's records; None: longer than all buckets."""
     if lengths:
-        return next((length for length in lengths if length >= padded), None)
+        return smallest_fitting(lengths, padded)
     first = next(iter(recorders), padded)
     if padded > first:
         raise InvalidBatchError(
@@ -311,8 +310,3 @@ def _check_options(
     if not lengths or min(lengths) < 2:
         raise ValueError(f"expected buckets to be lengths of at least 2 tokens, such as (64, 128); found {buckets!r}")
     return sorted(set(lengths))
-
-
-def _disable(progress: bool | None) -> bool | None:
-    # tqdm takes None for "only where a terminal is".
-    return None if progress is None else not progress

@@ -14,11 +14,11 @@ from transformers import PreTrainedModel
 
 import memodb
 
-from .capture import Visit, attention_implementation, attention_visits, model_inputs
+from .capture import Visit, attention_implementation, attention_visits
 from .card import ModelCard
 from .embedding import Embedder, RandomProjection, make_keys, usable_keys
 from .errors import InvalidBatchError, UnsupportedModelError
-from .forward import Ints, Spans, find_spans, roll_front
+from .forward import Ints, Spans, find_spans, present, roll_front
 from .lookup import namespace
 from .sites import ModelSites
 from .store import record_shape, write_store
@@ -40,8 +40,8 @@ class Recorder:
 
     Parameters
     ----------
-    model, sites
-        The model, and its attention layers.
+    model, sites, card
+        The model, its attention layers, and its description.
     path
         Folder of the store.
     padded_length
@@ -58,6 +58,7 @@ class Recorder:
         self,
         model: PreTrainedModel,
         sites: ModelSites,
+        card: ModelCard,
         path: Path,
         padded_length: int,
         *,
@@ -69,13 +70,14 @@ class Recorder:
         hold_out: bool,
     ) -> None:
         self.path = path
-        self.card = ModelCard.of(sites)
+        self.card = card
         self.padded_length = padded_length
         self.shape = record_shape(self.card, padded_length, target)
         self.sequences = self.skipped = self.bytes = self.batch_size = 0
         self.held_out: list[dict[str, Any]] = []
-        self._model, self._sites, self._target = model, sites, target
-        self._store_dtype, self._backend, self._options = store_dtype, backend, options
+        self._model, self._sites = model, sites
+        self.target, self.store_dtype = target, store_dtype
+        self._backend, self._options = backend, options
         self.embedder = embedder
         self._db: memodb.MemoDB | None = None
         self._seen = 0
@@ -85,9 +87,13 @@ class Recorder:
         self._keys = np.zeros((0, 0, 0), dtype=np.float32)  # [n, layers, key_dim]
         self._records = torch.zeros(0)  # [n, layers, *shape]
 
-    def run(self, batch: Mapping[str, Any]) -> None:
-        """Record one batch."""
-        inputs = model_inputs(batch, self._model.device)
+    @property
+    def held(self) -> int:
+        """Sequences held out so far."""
+        return sum(len(next(iter(batch.values()))) for batch in self.held_out)
+
+    def run(self, inputs: dict[str, Any]) -> None:
+        """Record one batch of inputs of the model."""
         rows, _ = batch_shape(inputs)
         spans = spans_of(inputs)
         self.batch_size = max(self.batch_size, rows)
@@ -96,12 +102,12 @@ class Recorder:
             self._db = memodb.MemoDB.create(
                 self.path,
                 shape=self.shape,
-                dtype=self._store_dtype,
+                dtype=self.store_dtype,
                 key_dim=self.embedder.key_dim,
                 backend=self._backend,
                 **self._options,
             )
-        record_bytes = int(np.prod(self.shape)) * _dtype(self._store_dtype).itemsize
+        record_bytes = int(np.prod(self.shape)) * _dtype(self.store_dtype).itemsize
         step = max(1, _PUT_BYTES // (record_bytes * len(self._sites.layers)))
         for start in range(0, len(keep), step):
             chosen = keep[start : start + step]
@@ -112,7 +118,7 @@ class Recorder:
         assert self._db is not None
         self._db.close()
         self.held_out = _regroup(self.held_out, self.batch_size)
-        write_store(self.path, self.card, self.padded_length, self._store_dtype, self._target, self.embedder)
+        write_store(self.path, self.card, self.padded_length, self.store_dtype, self.target, self.embedder)
 
     def undo(self) -> None:
         """Remove what this build wrote."""
@@ -125,13 +131,13 @@ class Recorder:
         assert self._db is not None
         n, layers = len(spans), len(self._sites.layers)
         self._spans = spans
-        self._records = torch.empty((n, layers, *self.shape), dtype=_dtype(self._store_dtype))
+        self._records = torch.empty((n, layers, *self.shape), dtype=_dtype(self.store_dtype))
         self._keys = np.empty((n, layers, self.embedder.key_dim), dtype=np.float32)
         if self._sites.family.caches:
             inputs.setdefault("use_cache", False)
         with (
             attention_implementation(self._model, "eager"),
-            attention_visits(self._sites, self._receive, probabilities=self._target == "probs"),
+            attention_visits(self._sites, self._receive, probabilities=self.target == "probs"),
         ):
             self._received.clear()
             self._model(**inputs)
@@ -159,7 +165,7 @@ class Recorder:
         self._received.append(layer)
         lengths = torch.from_numpy(spans.lengths)
         self._keys[:, layer] = make_keys(self.embedder, layer, roll_front(visit.hidden, spans.starts), lengths)
-        self._records[:, layer].copy_(canonical(visit, spans, self.padded_length, self._target))
+        self._records[:, layer].copy_(canonical(visit, spans, self.padded_length, self.target))
 
     def _select(self, inputs: dict[str, Any], spans: Spans) -> Ints:
         """Choose the rows to record; every tenth usable one goes to the held-out batches instead."""
@@ -167,10 +173,9 @@ class Recorder:
         self.skipped += len(spans) - len(usable)
         numbers = np.arange(self._seen, self._seen + len(usable))
         self._seen += len(usable)
-        held_before = sum(len(next(iter(batch.values()))) for batch in self.held_out)
         if not self._hold_out:
             return usable
-        candidates = usable[numbers % _HOLD_OUT_EVERY == _HOLD_OUT_EVERY - 1][: _HOLD_OUT_MOST - held_before]
+        candidates = usable[numbers % _HOLD_OUT_EVERY == _HOLD_OUT_EVERY - 1][: _HOLD_OUT_MOST - self.held]
         if len(candidates):
             part = _cut(inputs, candidates, len(spans))
             tensors = {name: value.cpu() for name, value in part.items() if isinstance(value, Tensor) and value.dim()}
@@ -196,13 +201,12 @@ def canonical(visit: Visit, spans: Spans, padded_length: int, target: str) -> Te
     assert probabilities is not None
     family = visit.site.family
     records = roll_front(roll_front(probabilities, spans.starts, 2), spans.starts, 3)
-    valid = torch.from_numpy(spans.lengths).to(records.device)[:, None]
-    present = torch.arange(spans.padded, device=records.device) < valid  # [n, L]
-    rows = present
+    tokens = present(torch.from_numpy(spans.lengths).to(records.device), spans.padded)  # [n, L]
+    rows = tokens
     if not family.masks_rows:
         on_the_right = torch.from_numpy(spans.starts == 0).to(records.device)[:, None]
-        rows = present | on_the_right if family.causal else torch.ones_like(present)
-    records = torch.where(rows[:, None, :, None] & present[:, None, None, :], records, 0.0)
+        rows = tokens | on_the_right if family.causal else torch.ones_like(tokens)
+    records = torch.where(rows[:, None, :, None] & tokens[:, None, None, :], records, 0.0)
     if family.causal:
         records = records.tril()
     return torch.nn.functional.pad(records, (0, wider, 0, wider))

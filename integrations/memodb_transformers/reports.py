@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-__all__ = ["markdown_table", "readable_bytes"]
+__all__ = ["hide_bar", "markdown_table", "readable_bytes"]
 
 
 def markdown_table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
@@ -16,6 +16,11 @@ def markdown_table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> s
     ]
     lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
     return "\n".join(lines) + "\n"
+
+
+def hide_bar(progress: bool | None) -> bool | None:
+    """Turn what a caller says of progress bars into what tqdm is told: None stays "only where a terminal is"."""
+    return None if progress is None else not progress
 
 
 def readable_bytes(count: float) -> str:

@@ -10,6 +10,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from .forward import present
+
 __all__ = ["context_similarities", "memoization_rate", "similarity_score", "similarity_scores"]
 
 
@@ -31,9 +33,7 @@ def similarity_scores(a: Tensor, a2: Tensor, lengths: Tensor | None = None) -> T
     distance = 0.5 * (a.float() - a2.float()).abs().sum(dim=-1).mean(dim=1)  # total variation, [n, L]
     if lengths is None:
         return 1.0 - distance.mean(dim=-1)
-    rows = torch.arange(distance.shape[1], device=distance.device)
-    counted = (rows < lengths.to(distance.device)[:, None]).float()
-    return 1.0 - (distance * counted).sum(dim=1) / counted.sum(dim=1).clamp(min=1.0)
+    return 1.0 - _mean_of_valid(distance, lengths)
 
 
 def context_similarities(a: Tensor, a2: Tensor, lengths: Tensor) -> Tensor:
@@ -53,9 +53,7 @@ def context_similarities(a: Tensor, a2: Tensor, lengths: Tensor) -> Tensor:
     norm = torch.linalg.vector_norm
     both = norm(first, dim=-1) + norm(second, dim=-1)
     distance: Tensor = norm(first - second, dim=-1) / both.clamp(min=torch.finfo(torch.float32).tiny)
-    rows = torch.arange(distance.shape[1], device=distance.device)
-    counted = (rows < lengths.to(distance.device)[:, None]).float()
-    return 1.0 - (distance * counted).sum(dim=1) / counted.sum(dim=1).clamp(min=1.0)
+    return 1.0 - _mean_of_valid(distance, lengths)
 
 
 def similarity_score(a: Any, a2: Any, lengths: Any = None) -> float:
@@ -132,6 +130,13 @@ def memoization_rate(hits: int | Sequence[int], sequences: int, layers: int | No
     if sequences < 0 or layers < 0 or not 0 <= total <= sequences * layers:
         raise ValueError(f"expected between 0 and sequences * layers = {sequences} * {layers} hits; found {total}")
     return total / (sequences * layers) if sequences and layers else 0.0
+
+
+def _mean_of_valid(values: Tensor, lengths: Tensor) -> Tensor:
+    """Average the first ``lengths[i]`` of each row of ``[n, L]``."""
+    counted = present(lengths.to(values.device), values.shape[1]).float()
+    mean: Tensor = (values * counted).sum(dim=1) / counted.sum(dim=1).clamp(min=1.0)
+    return mean
 
 
 def _as_float(values: Any) -> NDArray[np.float64]:

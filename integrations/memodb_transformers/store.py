@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +39,7 @@ __all__ = [
     "open_stores",
     "read_profile",
     "record_shape",
+    "smallest_fitting",
     "stored_lengths",
     "write_profile",
     "write_store",
@@ -71,6 +72,11 @@ def record_shape(card: ModelCard, padded_length: int, target: str) -> tuple[int,
     if target == "context":
         return (padded_length, card.heads * card.head_dim)
     return (card.heads, padded_length, padded_length)
+
+
+def smallest_fitting(lengths: Iterable[int], padded: int) -> int | None:
+    """Choose the bucket of a batch padded to so many tokens; None: longer than all."""
+    return min((length for length in lengths if length >= padded), default=None)
 
 
 def bucket_path(path: Path, padded_length: int) -> Path:
