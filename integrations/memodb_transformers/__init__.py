@@ -19,6 +19,7 @@ except ModuleNotFoundError as _error:
         f'memodb_transformers needs torch and transformers ({_error}): pip install "memodb[transformers]"'
     ) from _error
 
+from .condense import CondenseReport, condense
 from .embedding import Embedder, LinearMLP, RandomProjection
 from .errors import (
     GradientUnavailableError,
@@ -40,6 +41,7 @@ from .transfer import copy
 __all__ = [
     "LEVELS",
     "BuildReport",
+    "CondenseReport",
     "Embedder",
     "EvaluationReport",
     "Family",
@@ -54,6 +56,7 @@ __all__ = [
     "StoreMismatchError",
     "UnsupportedModelError",
     "build",
+    "condense",
     "copy",
     "evaluate",
     "families",

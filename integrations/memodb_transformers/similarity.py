@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
+import faiss
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -12,7 +13,22 @@ from torch import Tensor
 
 from .forward import present
 
-__all__ = ["context_similarities", "memoization_rate", "similarity_score", "similarity_scores"]
+__all__ = [
+    "best_records",
+    "context_matrix",
+    "context_similarities",
+    "memoization_rate",
+    "similarity_matrix",
+    "similarity_score",
+    "similarity_scores",
+]
+
+Floats = NDArray[np.float32]
+
+# Elements of one side that are float32 at a time, in a comparison of all with all: 64 MiB.
+_SIDE = 1 << 24
+# Features summed in one go by faiss, in float32: sums of more lose digits.
+_FEATURES = 1 << 13
 
 
 def similarity_scores(a: Tensor, a2: Tensor, lengths: Tensor | None = None) -> Tensor:
@@ -54,6 +70,128 @@ def context_similarities(a: Tensor, a2: Tensor, lengths: Tensor) -> Tensor:
     both = norm(first, dim=-1) + norm(second, dim=-1)
     distance: Tensor = norm(first - second, dim=-1) / both.clamp(min=torch.finfo(torch.float32).tiny)
     return 1.0 - _mean_of_valid(distance, lengths)
+
+
+def similarity_matrix(
+    a: Tensor, b: Tensor, length: int | None = None, *, by_head: bool = False, first_row: bool = False
+) -> Floats:
+    """Similarity of each record with each other one: Eq. 1 of the AttMemo paper, all against all.
+
+    Only the valid block of the records is looked at, and little of it at a time is held in float32: what is needed
+    beside ``a`` and ``b`` is less than 256 MiB, whatever their number.
+
+    Parameters
+    ----------
+    a, b
+        Attention probabilities ``[m, heads, L, L]`` and ``[n, heads, L, L]`` of sequences of one valid length, of any
+        floating dtype; or the same some of the rows of each, ``[m, heads, rows, L]``.
+    length
+        That length: rows and columns beyond it are padding. Default: all are valid.
+    by_head
+        Return a similarity for each head instead of their mean.
+    first_row
+        Compare the first row alone: what [CLS] attends to.
+
+    Returns
+    -------
+    ndarray
+        float32 ``[m, n]``, or ``[heads, m, n]`` by head.
+
+    Raises
+    ------
+    ValueError
+        The shapes do not fit together, or the length lies outside 1..L.
+    """
+    if a.dim() != 4 or b.dim() != 4 or a.shape[1:] != b.shape[1:]:
+        raise ValueError(
+            f"expected records [m, heads, L, L] and [n, heads, L, L]; found {list(a.shape)} and {list(b.shape)}"
+        )
+    heads, padded, width = a.shape[1:]
+    if length is not None and not 1 <= length <= min(padded, width):
+        raise ValueError(f"expected a length of 1 to {min(padded, width)}; found {length}")
+    rows = 1 if first_row else padded if length is None else length
+    columns = width if length is None else length
+    apart = np.zeros((heads, len(a), len(b)), dtype=np.float32)
+    step = max(1, _SIDE // (heads * rows * columns))
+    for low in range(0, len(a), step):
+        left = _valid_part(a[low : low + step], rows, columns)
+        for start in range(0, len(b), step):
+            right = _valid_part(b[start : start + step], rows, columns)
+            for head in range(heads):
+                apart[head, low : low + step, start : start + step] = _l1(left[head], right[head])
+    similar = 1.0 - 0.5 * apart / rows
+    found: Floats = similar if by_head else similar.mean(axis=0)
+    return found
+
+
+def context_matrix(a: Tensor, b: Tensor) -> Floats:
+    """Similarity of each context with each other one, as :func:`context_similarities`, all against all.
+
+    Parameters
+    ----------
+    a, b
+        Contexts ``[m, ..., rows, width]`` and ``[n, ..., rows, width]``, without padding.
+
+    Returns
+    -------
+    ndarray
+        float32 ``[m, n]``.
+    """
+    left, right = (part.detach().float().cpu().reshape(len(part), -1, part.shape[-1]) for part in (a, b))
+    apart = torch.zeros(len(left), len(right))
+    for row in range(left.shape[1]):
+        x, y = left[:, row], right[:, row]
+        scale = torch.linalg.vector_norm(x, dim=-1)[:, None] + torch.linalg.vector_norm(y, dim=-1)
+        apart += torch.cdist(x, y) / scale.clamp(min=torch.finfo(torch.float32).tiny)
+    found: Floats = (1.0 - apart / left.shape[1]).numpy()
+    return found
+
+
+def best_records(
+    own: Tensor, blocks: Iterable[tuple[NDArray[np.int64], Tensor]], length: int | None = None
+) -> tuple[NDArray[np.int64], Floats]:
+    """Find the most similar of all stored records by comparing with each: the oracle that no search can beat.
+
+    Parameters
+    ----------
+    own
+        What was computed, ``[m, heads, L, L]``.
+    blocks
+        Ids int64 ``[b]`` and records ``[b, heads, L, L]``, block by block.
+    length
+        Valid length of all of them.
+
+    Returns
+    -------
+    ids, similarities
+        int64 and float32 ``[m]``; -1 and 0 where there are no records.
+    """
+    ids, best = np.full(len(own), -1, dtype=np.int64), np.zeros(len(own), dtype=np.float32)
+    for numbers, records in blocks:
+        found = similarity_matrix(own, records, length)
+        column = found.argmax(axis=1)
+        score = found[np.arange(len(own)), column]
+        better = (score > best) | (ids < 0)
+        ids, best = np.where(better, numbers[column], ids), np.where(better, score, best)
+    return ids, best
+
+
+def _valid_part(records: Tensor, rows: int, columns: int) -> Floats:
+    """Take the valid block in float32, by head: ``[heads, m, rows * columns]``."""
+    part = records[:, :, :rows, :columns].detach().float().cpu()
+    flat: Floats = part.transpose(0, 1).flatten(2).contiguous().numpy()
+    return flat
+
+
+def _l1(left: Floats, right: Floats) -> Floats:
+    """L1 distances of all rows with all rows."""
+    total = np.zeros((len(left), len(right)), dtype=np.float32)
+    for start in range(0, left.shape[1], _FEATURES):
+        some = slice(start, start + _FEATURES)
+        total += faiss.pairwise_distances(
+            np.ascontiguousarray(left[:, some]), np.ascontiguousarray(right[:, some]), metric=faiss.METRIC_L1
+        )
+    return total
 
 
 def similarity_score(a: Any, a2: Any, lengths: Any = None) -> float:

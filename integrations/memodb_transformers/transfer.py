@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import memodb
-from memodb.safe import Guard
 
-from .store import MEMO_FILES, bucket_path, bucket_paths, stored_lengths
+from .store import bucket_path, bucket_paths, copy_beside, stored_lengths
 
 __all__ = ["copy"]
 
@@ -56,11 +55,4 @@ def copy(
 
 def _copy_one(source: Path, destination: Path, settings: dict[str, Any]) -> None:
     memodb.copy(source, destination, **settings)
-    folder = destination / MEMO_FILES
-    Guard.of(destination).make_directory(folder)
-    here = Guard.of(source).directory(source / MEMO_FILES)
-    there = Guard.of(destination).directory(folder)
-    names = sorted(file.name for file in (source / MEMO_FILES).iterdir() if file.suffix in (".json", ".npy"))
-    # Written last, as in a build: a copy that was cut off is no memo store.
-    for name in sorted(names, key=lambda name: name == "memo.json"):
-        there.write(folder / name, here.read(source / MEMO_FILES / name))
+    copy_beside(source, destination)
