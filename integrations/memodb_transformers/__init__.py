@@ -26,6 +26,7 @@ from .errors import (
     InvalidBatchError,
     MemoizationActiveError,
     StoreMismatchError,
+    UnfinishedBuildError,
     UnsupportedModelError,
 )
 from .evaluation import EvaluationReport, evaluate
@@ -34,9 +35,13 @@ from .memoize import Memo, memoize
 from .performance import LayerProfile, ProfileReport
 from .profiling import profile
 from .record import BuildReport, build
+from .separable import Separable
 from .similarity import memoization_rate, similarity_score
 from .thresholds import LEVELS
+from .training import TrainingReport
 from .transfer import copy
+from .tune_report import TuneReport
+from .tuning import tune
 
 __all__ = [
     "LEVELS",
@@ -53,7 +58,11 @@ __all__ = [
     "MemoizationActiveError",
     "ProfileReport",
     "RandomProjection",
+    "Separable",
     "StoreMismatchError",
+    "TrainingReport",
+    "TuneReport",
+    "UnfinishedBuildError",
     "UnsupportedModelError",
     "build",
     "condense",
@@ -64,4 +73,5 @@ __all__ = [
     "memoize",
     "profile",
     "similarity_score",
+    "tune",
 ]

@@ -9,8 +9,9 @@ import numpy as np
 from .errors import StoreMismatchError
 from .lookup import LOOKUPS
 from .performance import ProfileReport
-from .store import MemoStore
-from .thresholds import LEVELS
+from .store import MemoStore, read_tuned
+from .thresholds import LEVELS, TUNED
+from .tune_report import TuneReport
 
 __all__ = ["check_lookup", "resolve_thresholds"]
 
@@ -37,13 +38,15 @@ def resolve_thresholds(
     lookup: str = "layer",
 ) -> dict[int, dict[int, float]]:
     """Find the layers to memoize and the threshold of each, for each store; see :func:`memoize`."""
-    if not isinstance(level, str) or level not in LEVELS:
-        raise ValueError(f"expected level to be one of {', '.join(LEVELS)}; found {level!r}")
+    if not isinstance(level, str) or level not in (*LEVELS, TUNED):
+        raise ValueError(f"expected level to be one of {', '.join((*LEVELS, TUNED))}; found {level!r}")
     number = isinstance(threshold, float | np.floating) or _is_whole(threshold)
     if threshold is not None and not (number and threshold >= 0):
         raise ValueError(f"expected threshold to be a squared distance of at least 0; found {threshold!r}")
     first = next(iter(stores.values()))
     wanted = _wanted(layers, first.card.layers)
+    if level == TUNED and threshold is None:
+        return _tuned(stores, wanted, lookup)
     reports = {
         length: ProfileReport.from_dict(store.profile, store.path)
         for length, store in stores.items()
@@ -56,6 +59,24 @@ def resolve_thresholds(
         )
     # A bucket too small for sequences to be held out of it has no profile: nothing is known to pay there.
     return {length: _thresholds(reports.get(length), level, threshold, layers, wanted, lookup) for length in stores}
+
+
+def _tuned(stores: Mapping[int, MemoStore], wanted: list[int], lookup: str) -> dict[int, dict[int, float]]:
+    """Take what the tuner chose; a bucket that was not tuned is not memoized."""
+    found = {length: plain for length, store in stores.items() if (plain := read_tuned(store.path)) is not None}
+    if not found:
+        raise StoreMismatchError(
+            f"the store at {next(iter(stores.values())).path} was not tuned: run memodb_transformers.tune"
+        )
+    chosen: dict[int, dict[int, float]] = {length: {} for length in stores}
+    for length, plain in found.items():
+        report = TuneReport.from_dict(plain)
+        if report.lookup != lookup:
+            raise StoreMismatchError(
+                f"the store at {stores[length].path} was tuned for lookup={report.lookup!r}; found lookup={lookup!r}"
+            )
+        chosen[length] = {layer: value for layer, value in report.thresholds.items() if layer in wanted}
+    return chosen
 
 
 def _thresholds(

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .errors import StoreMismatchError
 from .forward import present
+from .separable import Separable
 
 __all__ = ["Embedder", "LinearMLP", "RandomProjection", "load_embedder", "make_keys", "usable_keys"]
 
@@ -216,9 +217,10 @@ def load_embedder(config: dict[str, Any], arrays: dict[str, NDArray[Any]]) -> Em
     StoreMismatchError
         The kind is not one that this version knows, or arrays are missing.
     """
-    kinds: dict[str, tuple[type[RandomProjection | LinearMLP], tuple[str, str]]] = {
+    kinds: dict[str, tuple[type[RandomProjection | LinearMLP | Separable], tuple[str, ...]]] = {
         RandomProjection.kind: (RandomProjection, ("mixing", "projection")),
         LinearMLP.kind: (LinearMLP, ("weights", "biases")),
+        Separable.kind: (Separable, ("tokens", "mixing", "biases")),
     }
     if not isinstance(config.get("kind"), str) or config["kind"] not in kinds:
         raise StoreMismatchError(

@@ -7,7 +7,8 @@
     ├── StoreMismatchError       (ValueError)     the store was built from another model, or is no memo store
     ├── MemoizationActiveError   (RuntimeError)   the model is memoized already
     ├── GradientUnavailableError (RuntimeError)   a gradient through attention that was reused
-    └── InvalidBatchError        (ValueError)     batches that cannot be recorded
+    ├── InvalidBatchError        (ValueError)     batches that cannot be recorded
+    └── UnfinishedBuildError     (FileExistsError) an unfinished build of something else is in the way
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ __all__ = [
     "InvalidBatchError",
     "MemoizationActiveError",
     "StoreMismatchError",
+    "UnfinishedBuildError",
     "UnsupportedModelError",
     "copied_inside",
 ]
@@ -50,3 +52,7 @@ def copied_inside() -> MemoizationActiveError:
 
 class InvalidBatchError(MemoDBError, ValueError):
     """Batches are empty, of differing padded length, or lack what a recording needs."""
+
+
+class UnfinishedBuildError(MemoDBError, FileExistsError):
+    """What an earlier ``build`` left where this one would build is of other data or settings, or damaged."""

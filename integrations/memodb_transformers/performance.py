@@ -59,11 +59,11 @@ class LayerProfile:
 
     def threshold(self, similarity: float, lookup: str = "layer") -> float | None:
         """Largest distance at which the predicted similarity reaches ``similarity``, or None."""
-        return threshold_for(*self._pairs(lookup), similarity)
+        return threshold_for(*self.scores(lookup), similarity)
 
     def alpha(self, threshold: float | None, lookup: str = "layer") -> float:
         """Hit rate at a threshold; None: nothing is reused."""
-        distances, _ = self._pairs(lookup)
+        distances, _ = self.scores(lookup)
         if threshold is None or not distances:
             return 0.0
         return sum(d is not None and d <= threshold for d in distances) / len(distances)
@@ -81,7 +81,8 @@ class LayerProfile:
         """PB of Eq. 3, seconds saved a sequence; negative where memoizing the layer loses time."""
         return self.alpha(threshold, lookup) * self.attention_seconds - self.overhead(threshold, lookup)
 
-    def _pairs(self, lookup: str) -> tuple[Scores, Scores]:
+    def scores(self, lookup: str = "layer") -> tuple[Scores, Scores]:
+        """Return distances and similarities of a way to look up."""
         if lookup == "layer":
             return self.distances, self.similarities
         return self.sequence_distances, self.sequence_similarities

@@ -1,100 +1,47 @@
-"""Build a memo store: run a model over data and record every attention layer."""
+"""Build a memo store: record what a model computes, train, condense, index, profile and tune, stage by stage."""
 
 from __future__ import annotations
 
 import operator
 import os
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
+import numpy as np
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
 import memodb
 
-from .capture import in_inference, model_inputs
+from .build_report import BuildReport
+from .capture import in_inference
 from .card import ModelCard
+from .condense import CondenseReport, condense
 from .embedding import Embedder, RandomProjection
 from .errors import InvalidBatchError
+from .files import write_json
 from .performance import ProfileReport
+from .plan import Share, plan
 from .profiling import profile_store
-from .recorder import Recorder, batch_shape, make_embedder
-from .reports import hide_bar, markdown_table, readable_bytes
+from .recorder import Recorder
+from .reports import hide_bar
+from .samples import Samples, sample_bytes
 from .sites import ModelSites, find_memoizable
-from .store import TARGETS, bucket_path, open_store, smallest_fitting
+from .store import MEMO_FILES, TARGETS, open_store, read_profile, record_shape, write_store
+from .training import TRAINED, LayerTraining, TrainingReport, assemble, split_known, train_layer
+from .tune_report import TuneReport
+from .tuning import tune_store
+from .work import Work, fingerprint
 
 __all__ = ["BuildReport", "build"]
 
 _STORE_DTYPES = ("float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2")
-
-
-@dataclass(frozen=True, slots=True)
-class BuildReport:
-    """What :func:`build` made.
-
-    Attributes
-    ----------
-    sequences, held_out, skipped
-        Sequences recorded; kept for the profile; left out because their tokens have holes, their hidden states are
-        not finite, or they are longer than all buckets.
-    layers, records
-        Attention layers, and records: one for each layer and sequence.
-    record_shape, store_dtype
-        Shape and dtype of a record: ``[heads, L, L]`` for probabilities, ``[L, heads * head_dim]`` for contexts. With
-        length buckets, those of the longest.
-    bytes
-        Logical size of the records.
-    seconds
-        Wall-clock time of recording, without the profile.
-    profile
-        The profile, or None where no sequence was held out or none was asked for; with length buckets, see there.
-    target
-        ``"probs"`` or ``"context"``.
-    buckets
-        With length buckets, the report of each store; the counts above are their sums.
-    """
-
-    path: str
-    sequences: int
-    held_out: int
-    skipped: int
-    layers: int
-    records: int
-    record_shape: tuple[int, ...]
-    store_dtype: str
-    bytes: int
-    seconds: float
-    profile: ProfileReport | None
-    target: str = "probs"
-    buckets: tuple[BuildReport, ...] = ()
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the report as plain types."""
-        plain = {field.name: getattr(self, field.name) for field in fields(self)}
-        plain["profile"] = self.profile.to_dict() if self.profile else None
-        plain["buckets"] = [bucket.to_dict() for bucket in self.buckets]
-        return plain
-
-    def to_markdown(self) -> str:
-        """Return the report as Markdown."""
-        rows = [
-            ("sequences", self.sequences),
-            ("held out", self.held_out),
-            ("skipped", self.skipped),
-            ("layers", self.layers),
-            ("records", self.records),
-            ("target", self.target),
-            ("record", f"{'x'.join(map(str, self.record_shape))} {self.store_dtype}"),
-            ("size", readable_bytes(self.bytes)),
-            ("seconds", self.seconds),
-        ]
-        table = markdown_table(("store", self.path), rows)
-        parts = [bucket.to_markdown() for bucket in self.buckets]
-        return "\n".join([table, *([self.profile.to_markdown()] if self.profile else []), *parts])
+_SAMPLED = 1500
+_SCRATCH = 2 << 30
 
 
 def build(
@@ -105,24 +52,32 @@ def build(
     target: str = "probs",
     store_dtype: str = "float32",
     backend: str = "arena",
-    embedder: str | Embedder = "projection",
+    embedder: str | Embedder = "mlp",
     key_dim: int = 128,
     seed: int = 0,
     epochs: int | None = None,
     namespace_by_length: bool = True,
     buckets: Sequence[int] | None = None,
     profile: bool = True,
+    records_per_namespace: int | None = None,
+    condensed_bytes: int | None = None,
+    budget: float | None = None,
+    scratch_bytes: int = _SCRATCH,
     progress: bool | None = None,
     **options: Any,
 ) -> BuildReport:
-    """Record what a model's attention layers compute over data into a new memo store.
+    """Make a memo store of what a model's attention layers compute over data.
 
-    Every attention layer gives one record a sequence, turned so that its tokens begin at 0 and with zeros in the
-    columns of padding, under a key made from the hidden state that the layer was called with. Every tenth sequence (256
-    at most) is held out of the store; on these, thresholds are calibrated and costs measured
-    (:func:`memodb_transformers.profile`).
+    The stages: an embedder is trained on a sample of the sequences; every attention layer gives one record a sequence,
+    turned so that its tokens begin at 0 and with zeros in the columns of padding, under a key that the embedder makes
+    of the hidden state that the layer was called with; the records may be condensed into means; the keys are indexed;
+    on sequences that were kept out of the store (every tenth, 256 at most) thresholds are calibrated and costs measured
+    (:func:`memodb_transformers.profile`), and on others (every tenth again, 2,048 at most, with a ``budget`` only)
+    layers and thresholds are chosen (:func:`memodb_transformers.tune`).
 
-    A build cannot be resumed: when it fails, what it wrote is removed.
+    A build that was cut off, by a kill, an interrupt or a full disk, goes on when it is called again with the same
+    arguments: it works in ``path.building`` and moves the store to ``path`` when all is done. Called with other data or
+    settings it refuses, and says which. Where the arguments are at fault, nothing is left.
 
     Parameters
     ----------
@@ -130,8 +85,9 @@ def build(
         A model of a supported family (:func:`memodb_transformers.families`). It is run in evaluation mode with eager
         attention and is afterwards as it was.
     batches
-        Dicts of tensors: ``input_ids`` and ``attention_mask`` ``[n, L]``, padded on either side. The first batch
-        gives the L of the records, unless there are buckets; later ones may be shorter.
+        Dicts of tensors: ``input_ids`` and ``attention_mask`` ``[n, L]``, padded on either side, and for a budget on
+        accuracy ``labels``. The first batch gives the L of the records, unless there are buckets; later ones may be
+        shorter. They are gone through first and kept in memory.
     path
         Folder of the new store; it must not exist.
     target
@@ -145,11 +101,12 @@ def build(
         Backend of the store and its options, such as ``max_bytes`` (for each bucket) and ``index``: see
         ``memodb.MemoDB.create``.
     embedder
-        ``"projection"``, a fixed random projection, or an object that meets ``Embedder``.
+        ``"mlp"``, the paper's; ``"separable"``, ten times cheaper; ``"projection"``, a fixed random projection that
+        needs no training; or an object that meets ``Embedder``.
     key_dim, seed
-        Width of a key, and seed, of the random projection.
+        Width of a key, and seed of all that is drawn.
     epochs
-        Only for embedders that are trained; none is yet.
+        Most passes of training over the sample, for embedders that are trained; default 30.
     namespace_by_length
         Records of sequences of different valid length are told apart; this cannot be switched off. See
         ``length_tolerance`` of :func:`memoize`.
@@ -157,9 +114,17 @@ def build(
         Lengths, such as ``(64, 128, 256, 512)``: ``path`` is then a folder of stores, one for each, and a batch goes to
         the smallest that its padded length fits into.
     profile
-        Whether to hold sequences out, calibrate and profile at the end.
+        Whether to keep sequences out of the store, calibrate and profile.
+    records_per_namespace, condensed_bytes
+        Condense the store (:func:`memodb_transformers.condense`): so many means of a layer and length, or of so many
+        bytes in all. The single records are removed when that is done.
+    budget
+        What reuse may cost, in points of accuracy, or of agreement where there are no labels: see
+        :func:`memodb_transformers.tune`. None: nothing is tuned.
+    scratch_bytes
+        Most bytes of hidden states and records that the sample to train on (1,500 sequences at most) may take.
     progress
-        Progress bars: True, False, or None for where a terminal is.
+        Progress bars, one a stage: True, False, or None for where a terminal is.
 
     Raises
     ------
@@ -169,112 +134,328 @@ def build(
         An argument is not one of those above.
     InvalidBatchError
         No batch, one padded to more tokens than the first, or no sequence that can be recorded.
+    UnfinishedBuildError
+        At ``path.building`` lies an unfinished build of other data or settings.
     memodb.StoreExistsError
         Something is at ``path``.
     """
     lengths = _check_options(target, store_dtype, embedder, epochs, namespace_by_length, buckets)
+    if budget is not None and not profile:
+        raise ValueError("expected profile=True with a budget: thresholds are tuned by the profile")
     sites = find_memoizable(model)
-    card = ModelCard.of(sites)
     root = Path(path)
-    if lengths and root.exists() and (not root.is_dir() or any(root.iterdir())):
+    if root.is_symlink() or (root.exists() and (not root.is_dir() or any(root.iterdir()))):
         raise memodb.StoreExistsError(f"{root} exists: choose another path, or remove it first")
-    recorders: dict[int, Recorder] = {}
-    longer, made = 0, False
+    shares, longer = plan(batches, lengths, profile=profile, tune=budget is not None)
+    for share in shares.values():
+        _check_embedder(embedder, share.padded_length, sites, key_dim, seed)
+    card = ModelCard.of(sites)
+    settings = {
+        "target": target,
+        "store_dtype": store_dtype,
+        "backend": backend,
+        "embedder": embedder if isinstance(embedder, str) else fingerprint([embedder.config(), *_arrays(embedder)]),
+        "key_dim": key_dim,
+        "seed": seed,
+        "epochs": epochs,
+        "buckets": lengths,
+        "profile": profile,
+        "records_per_namespace": records_per_namespace,
+        "condensed_bytes": condensed_bytes,
+        "budget": budget,
+        "scratch_bytes": scratch_bytes,
+        "options": repr(sorted(options.items())),
+        "model": fingerprint([card.to_dict(), np.round(card.probe, 2)]),
+        "batches": fingerprint(_data(shares)),
+    }
+    work = Work(root, settings)
     began = perf_counter()
-    try:
-        with in_inference(model):
-            for batch in tqdm(batches, desc="recording", unit="batch", disable=hide_bar(progress)):
-                inputs = model_inputs(batch, model.device)
-                rows, padded = batch_shape(inputs)
-                chosen = _bucket(padded, lengths, recorders)
-                if chosen is None:
-                    longer += rows
-                    continue
-                if chosen not in recorders:
-                    if lengths and not root.exists():
-                        root.mkdir(mode=0o700)
-                        made = True
-                    recorders[chosen] = Recorder(
-                        model,
-                        sites,
-                        card,
-                        bucket_path(root, chosen) if lengths else root,
-                        chosen,
-                        target=target,
-                        store_dtype=store_dtype,
-                        backend=backend,
-                        options=options,
-                        embedder=make_embedder(embedder, chosen, sites, key_dim, seed),
-                        hold_out=profile,
+    with work.entered(), in_inference(model):
+        made = [
+            _Build(
+                model,
+                sites,
+                card,
+                work,
+                share,
+                settings=settings,
+                embedder=embedder,
+                options=options,
+                progress=progress,
+            ).run()
+            for share in shares.values()
+        ]
+        if not any(report.sequences for report in made):
+            raise InvalidBatchError("expected a sequence whose hidden states are finite; found none")
+        skipped = longer + sum(report.skipped for report in made)
+        report = _total(root, made, skipped, perf_counter() - began, buckets=bool(lengths))
+        for length, part in zip(shares, made, strict=True):
+            told = replace(part, path=str(root / f"L={length}") if lengths else str(root))
+            write_json(work.store(length) / MEMO_FILES / "build.json", told.to_dict())
+        work.finish(shares, buckets=bool(lengths))
+    return report
+
+
+class _Build:
+    """The build of one store, stage by stage."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        sites: ModelSites,
+        card: ModelCard,
+        work: Work,
+        share: Share,
+        *,
+        settings: Mapping[str, Any],
+        embedder: str | Embedder,
+        options: Mapping[str, Any],
+        progress: bool | None,
+    ) -> None:
+        self._model, self._sites, self._card, self._work, self._share = model, sites, card, work, share
+        self._settings, self._options, self._progress = settings, options, progress
+        self._given = embedder
+        self._length = share.padded_length
+        self._shape = record_shape(card, self._length, settings["target"])
+        self._place = work.store(self._length)
+        self._part = work.part(self._length)
+        self._condenses = settings["records_per_namespace"] is not None or settings["condensed_bytes"] is not None
+        self._records = self._part / "records" if self._condenses else self._place
+
+    def run(self) -> BuildReport:
+        """Run all stages that are not done yet."""
+        first = len(self._work.stages)
+        began = perf_counter()
+        self._part.mkdir(mode=0o700, exist_ok=True)
+        self._place.parent.mkdir(mode=0o700, exist_ok=True)
+        trained = self._train() if self._given in TRAINED else None
+        embedder = trained[0] if trained else self._given
+        if isinstance(embedder, str):
+            embedder = _untrained(self._length, self._sites, self._settings["key_dim"], self._settings["seed"])
+        recorded = self._stage("record", lambda: self._record(embedder))
+        condensed = None
+        if self._condenses:
+            condensed = CondenseReport(**self._stage("condense", self._condense))
+            shutil.rmtree(self._records, ignore_errors=True)
+        self._stage("index", self._index)
+        profile = self._profile(embedder)
+        tuned = self._tune(embedder) if profile is not None else None
+        share, layers = self._share, len(self._sites.layers)
+        records = condensed.records if condensed else recorded["sequences"] * layers
+        nbytes = memodb.RecordSpec.of(self._shape, self._settings["store_dtype"]).nbytes
+        return BuildReport(
+            path=str(self._place),
+            sequences=recorded["sequences"],
+            held_out=sum(
+                len(batch["input_ids"] if "input_ids" in batch else next(iter(batch.values())))
+                for batch in share.profiled
+            ),
+            skipped=share.skipped + recorded["skipped"],
+            layers=layers,
+            records=records,
+            record_shape=self._shape,
+            store_dtype=self._settings["store_dtype"],
+            bytes=records * nbytes,
+            seconds=perf_counter() - began,
+            profile=profile,
+            target=self._settings["target"],
+            embedder=embedder.kind,
+            training=trained[1] if trained else None,
+            condensed=condensed,
+            tuned=tuned,
+            stages=tuple(self._work.stages[first:]),
+        )
+
+    def _stage(self, name: str, do: Callable[[], Any]) -> Any:
+        return self._work.run(name, self._length, do)
+
+    def _bar(self, name: str, total: int, unit: str) -> Any:
+        return tqdm(total=total, desc=name, unit=unit, disable=hide_bar(self._progress))
+
+    def _train(self) -> tuple[Embedder, TrainingReport]:
+        """Run the model over a sample, and train an embedder for each layer on it."""
+        kind, seed = str(self._given), int(self._settings["seed"])
+        folder = self._part / "sample"
+        each = sample_bytes(self._sites, self._length, self._settings["target"])
+        most = max(2, min(_SAMPLED, self._settings["scratch_bytes"] // each))
+        done = self._work.noted(f"L={self._length}/train") is not None
+        if not done:
+            chosen = self._share.sample(most, seed)
+
+            def collect() -> int:
+                with self._bar("sampling", len(chosen), "batch") as bar:
+                    return len(
+                        Samples.collect(
+                            self._model, self._sites, chosen, folder, self._length, self._settings["target"], bar
+                        )
                     )
-                recorders[chosen].run(inputs)
-        filled = [recorders[length] for length in sorted(recorders) if recorders[length].sequences]
-        if not filled:
-            raise InvalidBatchError(
-                "expected a batch with a sequence whose tokens lie together; found none: nothing was recorded"
+
+            self._stage("sample", collect)
+        report = self._stage("train", lambda: self._train_layers(kind, folder, seed))
+        shutil.rmtree(folder, ignore_errors=True)
+        layers = tuple(LayerTraining(**row) for row in report["layers"])
+        arrays = [dict(np.load(self._part / f"layer-{row.layer}.npz", allow_pickle=False)) for row in layers]
+        return assemble(kind, arrays), TrainingReport(**{**report, "layers": layers})
+
+    def _train_layers(self, kind: str, folder: Path, seed: int) -> dict[str, Any]:
+        """Train layer by layer; each is kept when it is done."""
+        samples = Samples(folder)
+        known = split_known(len(samples))
+        rows, parameters = [], 0
+        with self._bar("training", len(self._sites.layers), "layer") as bar:
+            for layer in range(len(self._sites.layers)):
+                key, file = f"L={self._length}/layer={layer}", self._part / f"layer-{layer}.npz"
+                row = self._work.noted(key)
+                if row is None:
+                    arrays, trained = train_layer(
+                        kind,
+                        layer,
+                        samples.layer(layer, known),
+                        key_dim=self._settings["key_dim"],
+                        epochs=self._settings["epochs"],
+                        seed=seed,
+                    )
+                    np.savez(file, **arrays)  # type: ignore[arg-type]
+                    row = trained.to_dict()
+                    self._work.note(key, row)
+                with np.load(file, allow_pickle=False) as kept:
+                    parameters += sum(int(kept[name].size) for name in kept.files)
+                rows.append(row)
+                bar.update()
+        return {"kind": kind, "sequences": len(samples), "parameters": parameters, "layers": rows}
+
+    def _record(self, embedder: Embedder) -> dict[str, int]:
+        """Run the model over all data, and put what its layers compute."""
+        recorder = Recorder(
+            self._model,
+            self._sites,
+            self._records,
+            self._shape,
+            self._length,
+            target=self._settings["target"],
+            store_dtype=self._settings["store_dtype"],
+            backend=self._settings["backend"],
+            options=self._options,
+            embedder=embedder,
+        )
+        key = f"L={self._length}/recorded"
+        with self._bar("recording", self._share.sequences, "sequence") as bar:
+            state = recorder.run(
+                self._share.recorded, self._work.noted(key), lambda state: self._work.note(key, state), bar
             )
-        for recorder in filled:
-            recorder.finish()
-        seconds = perf_counter() - began
-        reports = [_report(model, sites, recorder, seconds, progress) for recorder in filled]
-    except BaseException:
-        for recorder in recorders.values():
-            recorder.undo()
-        if made:
-            shutil.rmtree(root, ignore_errors=True)
-        raise
-    skipped = longer + sum(recorder.skipped for recorder in recorders.values())
-    return _total(root, reports, skipped, buckets=bool(lengths))
+        if not state["sequences"]:
+            raise InvalidBatchError("expected a sequence whose hidden states are finite; found none")
+        write_store(
+            self._records,
+            self._card,
+            self._length,
+            self._settings["store_dtype"],
+            self._settings["target"],
+            embedder,
+        )
+        return state
+
+    def _condense(self) -> dict[str, Any]:
+        shutil.rmtree(self._place, ignore_errors=True)  # of a run that was cut off
+        return condense(
+            self._records,
+            self._place,
+            records_per_namespace=self._settings["records_per_namespace"],
+            max_bytes=self._settings["condensed_bytes"],
+            backend=self._settings["backend"],
+            seed=self._settings["seed"],
+            progress=self._progress,
+            **self._options,
+        ).to_dict()
+
+    def _index(self) -> dict[str, Any]:
+        """Build all indexes now, so that the first search does not have to."""
+        with memodb.MemoDB.open(self._place, mode="r+") as db:
+            db.reindex()
+            return {"namespaces": len(db.namespaces())}
+
+    def _profile(self, embedder: Embedder) -> ProfileReport | None:
+        if not self._share.profiled:
+            return None
+
+        def measure() -> None:
+            with open_store(self._place, self._card, embedder) as store:
+                profile_store(self._model, self._sites, store, self._share.profiled, progress=self._progress)
+
+        self._stage("profile", measure)
+        found = read_profile(self._place)
+        return ProfileReport.from_dict(found, self._place) if found is not None else None
+
+    def _tune(self, embedder: Embedder) -> TuneReport | None:
+        budget = self._settings["budget"]
+        if budget is None or not self._share.tuned:
+            return None
+
+        def choose() -> dict[str, Any]:
+            with open_store(self._place, self._card, embedder) as store:
+                report = tune_store(
+                    self._model,
+                    self._sites,
+                    store,
+                    self._share.tuned,
+                    budget=budget,
+                    progress=self._progress,
+                )
+            return report.to_dict()
+
+        return TuneReport.from_dict(self._stage("tune", choose))
 
 
-def _report(
-    model: PreTrainedModel,
-    sites: ModelSites,
-    recorder: Recorder,
-    seconds: float,
-    progress: bool | None,
-) -> BuildReport:
-    """Profile one store, and say what it holds."""
-    measured = None
-    if recorder.held_out:
-        with open_store(recorder.path, recorder.card, recorder.embedder) as store:
-            measured = profile_store(model, sites, store, recorder.held_out, progress=progress)
-    return BuildReport(
-        path=str(recorder.path),
-        sequences=recorder.sequences,
-        held_out=recorder.held,
-        skipped=recorder.skipped,
-        layers=len(sites.layers),
-        records=recorder.sequences * len(sites.layers),
-        record_shape=recorder.shape,
-        store_dtype=recorder.store_dtype,
-        bytes=recorder.bytes,
-        seconds=seconds,
-        profile=measured,
-        target=recorder.target,
-    )
-
-
-def _total(root: Path, reports: list[BuildReport], skipped: int, *, buckets: bool) -> BuildReport:
+def _total(root: Path, reports: list[BuildReport], skipped: int, seconds: float, *, buckets: bool) -> BuildReport:
     if not buckets:
-        return replace(reports[0], skipped=skipped)
+        return replace(reports[0], path=str(root), skipped=skipped, seconds=seconds)
     sums = {
         name: sum(getattr(report, name) for report in reports) for name in ("sequences", "held_out", "records", "bytes")
     }
-    return replace(reports[-1], path=str(root), skipped=skipped, profile=None, buckets=tuple(reports), **sums)
+    parts = tuple(replace(report, path=str(root / Path(report.path).name)) for report in reports)
+    return replace(
+        reports[-1],
+        path=str(root),
+        skipped=skipped,
+        seconds=seconds,
+        profile=None,
+        training=None,
+        condensed=None,
+        tuned=None,
+        stages=(),
+        buckets=parts,
+        **sums,
+    )
 
 
-def _bucket(padded: int, lengths: Sequence[int], recorders: Mapping[int, Recorder]) -> int | None:
-    """Choose the L of a batch's records; None: longer than all buckets."""
-    if lengths:
-        return smallest_fitting(lengths, padded)
-    first = next(iter(recorders), padded)
-    if padded > first:
-        raise InvalidBatchError(
-            f"expected every batch padded to at most {first} tokens, as the first; found {padded}: pad to one length, "
-            "for instance with padding='max_length', max_length=..., or build with buckets=(64, 128, ...)"
+def _data(shares: Mapping[int, Share]) -> Iterable[Any]:
+    """Give all that the records depend on."""
+    for share in shares.values():
+        for inputs, _, rows in share.recorded:
+            yield rows
+            yield from (inputs[name] for name in sorted(inputs))
+        for batch in (*share.profiled, *share.tuned):
+            yield from (batch[name] for name in sorted(batch))
+
+
+def _arrays(embedder: Embedder) -> list[Any]:
+    arrays = embedder.arrays()
+    return [arrays[name] for name in sorted(arrays)]
+
+
+def _untrained(padded_length: int, sites: ModelSites, key_dim: int, seed: int) -> RandomProjection:
+    return RandomProjection.create(padded_length, sites.hidden_size, key_dim=key_dim, seed=seed)
+
+
+def _check_embedder(embedder: str | Embedder, padded_length: int, sites: ModelSites, key_dim: int, seed: int) -> None:
+    """Refuse an embedder that cannot embed sequences of the length of the records."""
+    if embedder == RandomProjection.kind:
+        _untrained(padded_length, sites, key_dim, seed)
+    longest = getattr(embedder, "padded_length", padded_length)
+    if longest < padded_length:
+        raise ValueError(
+            f"expected an embedder of sequences of {padded_length} tokens; found one of at most {longest} tokens"
         )
-    return first
 
 
 def _check_options(
@@ -290,15 +471,14 @@ def _check_options(
         raise ValueError(f"expected target to be one of {', '.join(TARGETS)}; found {target!r}")
     if store_dtype not in _STORE_DTYPES:
         raise ValueError(f"expected store_dtype to be one of {', '.join(_STORE_DTYPES)}; found {store_dtype!r}")
-    if isinstance(embedder, str) and embedder != RandomProjection.kind:
-        raise ValueError(
-            f"expected embedder='projection' (a fixed random projection), the only one that is supported yet, or an "
-            f"Embedder object; found {embedder!r}"
-        )
-    if not isinstance(embedder, str | Embedder):
-        raise ValueError(f"expected embedder='projection' or an Embedder object; found {type(embedder).__name__}")
-    if epochs is not None:
-        raise ValueError(f"expected no epochs: embedder='projection' is not trained; found epochs={epochs!r}")
+    kinds = (*TRAINED, RandomProjection.kind)
+    if (isinstance(embedder, str) and embedder not in kinds) or not isinstance(embedder, str | Embedder):
+        found = repr(embedder) if isinstance(embedder, str) else type(embedder).__name__
+        raise ValueError(f"expected embedder to be one of {', '.join(kinds)}, or an Embedder object; found {found}")
+    if epochs is not None and embedder not in TRAINED:
+        raise ValueError(f"expected no epochs: this embedder is not trained; found epochs={epochs!r}")
+    if epochs is not None and (isinstance(epochs, bool) or not isinstance(epochs, int) or epochs < 0):
+        raise ValueError(f"expected epochs to be a number of at least 0; found {epochs!r}")
     if not namespace_by_length:
         raise ValueError("expected namespace_by_length=True: sequences of different valid length must never match")
     if buckets is None:

@@ -118,12 +118,10 @@ class Samples:
                 attention_implementation(model, "eager"),
                 attention_visits(sites, receive, probabilities=target == "probs"),
             ):
-                model(**batch)
+                model(**_on(batch, sites, model.device))
             place = now.stop
             if bar is not None:
                 bar.update()
-        for part in (hidden, records, lengths):
-            part.flush()
         return cls(folder)
 
     def __len__(self) -> int:
@@ -131,13 +129,18 @@ class Samples:
 
     def layer(self, number: int, known: NDArray[np.bool_]) -> LayerSample:
         """Compare the records of one layer; ``known`` tells which sequences are trained on."""
-        lengths = np.asarray(self._lengths, dtype=np.int64)
+        lengths = np.array(self._lengths, dtype=np.int64)
         records = self._records[number]
+        hidden = torch.from_numpy(np.array(self._hidden[number]))
+        finite = torch.isfinite(hidden).flatten(1).all(dim=1)
+        hidden[~finite] = 0.0
         similar = np.full((len(lengths), len(lengths)), np.nan, dtype=np.float32)
         to_mean = np.full(len(lengths), np.nan, dtype=np.float32)
         contexts = records.shape[1] == 1
         for length in np.unique(lengths).tolist():
-            members = np.flatnonzero(lengths == length)
+            members = np.flatnonzero((lengths == length) & finite.numpy())
+            if not len(members):
+                continue
             kept = len(_spaced(length, records.shape[2]))
             part = torch.from_numpy(records[members, :, :kept]).float()
             compare = context_matrix if contexts else similarity_matrix
@@ -147,12 +150,17 @@ class Samples:
             if inside.any():
                 mean = valid[torch.from_numpy(inside)].mean(dim=0, keepdim=True)
                 to_mean[members] = compare(valid, mean)[:, 0]
-        return LayerSample(torch.from_numpy(np.array(self._hidden[number])), lengths, similar, to_mean, known)
+        return LayerSample(hidden, lengths, similar, to_mean, known)
 
 
 def _spaced(length: int, rows: int) -> Ints:
     """Choose at most ``rows`` of ``length`` rows, evenly spaced."""
     return np.unique(np.linspace(0, length - 1, min(rows, length)).round().astype(np.int64))
+
+
+def _on(batch: dict[str, Any], sites: ModelSites, device: torch.device) -> dict[str, Any]:
+    inputs = {name: value.to(device) for name, value in batch.items()}
+    return {"use_cache": False, **inputs} if sites.family.caches else inputs
 
 
 def _make(folder: Path, name: str, shape: tuple[int, ...], dtype: Any) -> NDArray[Any]:

@@ -44,7 +44,7 @@ class Separable:
     """Embeds token by token into a few numbers and mixes these by position; trained, for each layer.
 
     The flattened state need not be multiplied by a matrix of ``L * H * key_dim`` numbers as in :class:`LinearMLP`: one
-    of ``H * width``, the same for all positions, and one of ``L * width * key_dim`` are ten times fewer, and fewer still
+    of ``H * width``, the same for all positions, and one of ``L * width * key_dim`` are ten times fewer, and far less
     to be read for a small batch.
 
     Parameters

@@ -119,8 +119,8 @@ def similarity_matrix(
             right = _valid_part(b[start : start + step], rows, columns)
             for head in range(heads):
                 apart[head, low : low + step, start : start + step] = _l1(left[head], right[head])
-    similar = 1.0 - 0.5 * apart / rows
-    found: Floats = similar if by_head else similar.mean(axis=0)
+    similar: Floats = 1.0 - np.float32(0.5 / rows) * apart
+    found: Floats = similar if by_head else similar.mean(axis=0, dtype=np.float32)
     return found
 
 

@@ -9,6 +9,8 @@
 - ``cluster-sizes.npy``, ``cluster-spreads.npy``: of a condensed store, for each record how many it is the mean of, and
   their mean squared distance to it
 - ``profile.json``: calibration and costs of each layer, once profiled
+- ``tuned.json``: layers and thresholds within an accuracy budget, once tuned
+- ``build.json``: what the build told at its end
 """
 
 from __future__ import annotations
@@ -45,11 +47,13 @@ __all__ = [
     "open_stores",
     "read_condensed",
     "read_profile",
+    "read_tuned",
     "record_shape",
     "smallest_fitting",
     "stored_lengths",
     "write_profile",
     "write_store",
+    "write_tuned",
 ]
 
 _FORMAT = "memodb-transformers"
@@ -205,7 +209,7 @@ def copy_beside(
     here = Guard.of(source).directory(source / MEMO_FILES)
     there = Guard.of(destination).directory(folder)
     names = {file.name for file in (source / MEMO_FILES).iterdir() if file.suffix in (".json", ".npy")} - {"memo.json"}
-    for name in sorted(names - ({"profile.json", "tuned.json"} if condensed else set())):
+    for name in sorted(names - ({"build.json", "profile.json", "tuned.json"} if condensed else set())):
         there.write(folder / name, here.read(source / MEMO_FILES / name))
     memo = read_json(source / MEMO_FILES / "memo.json")
     if condensed is not None:
@@ -246,6 +250,17 @@ def write_profile(path: Path, profile: dict[str, Any]) -> None:
 def read_profile(path: Path) -> dict[str, Any] | None:
     """Read the profile of a memo store, or None where there is none yet."""
     file = path / MEMO_FILES / "profile.json"
+    return read_json(file) if file.exists() else None
+
+
+def write_tuned(path: Path, tuned: dict[str, Any]) -> None:
+    """Write what was tuned of a memo store, in place of an earlier choice."""
+    write_json(path / MEMO_FILES / "tuned.json", tuned)
+
+
+def read_tuned(path: Path) -> dict[str, Any] | None:
+    """Read what was tuned of a memo store, or None where nothing was yet."""
+    file = path / MEMO_FILES / "tuned.json"
     return read_json(file) if file.exists() else None
 
 

@@ -12,11 +12,14 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["LEVELS", "fit_falling", "threshold_for"]
+__all__ = ["LEVELS", "TUNED", "fit_falling", "threshold_for"]
 
 # Mean similarity of what is reused, not a promise about accuracy: measure that with `evaluate`. The paper's settings
 # for BERT, 0.96 to 0.98 (its Table 2), are out of reach of a store of thousands of short sentences.
 LEVELS: dict[str, float] = {"conservative": 0.9, "moderate": 0.8, "aggressive": 0.75}
+
+# The level that goes by what the tuner chose.
+TUNED = "tuned"
 
 
 def fit_falling(values: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -34,7 +34,7 @@ _PARTNERS = 3
 _NEAREST = 8
 _PATIENCE = 4
 _TESTED = 5  # every fifth sequence of a sample tests what the others taught
-_RATE = {"mlp": 3e-4, "separable": 3e-3}
+_RATE = {"mlp": 3e-4, "separable": 1e-3}
 _WIDTH = 128
 # A pair at this distance counts half as much as one at distance 0: what decides a search are the near ones.
 _NEAR = 0.1
@@ -70,6 +70,10 @@ class LayerTraining:
     tested: int
     epochs: int
     seconds: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain types."""
+        return asdict(self)
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +114,8 @@ class TrainingReport:
 
 def split_known(count: int) -> NDArray[np.bool_]:
     """Tell which sequences of a sample are trained on; the others test."""
-    return np.arange(count) % _TESTED != _TESTED - 1
+    known: NDArray[np.bool_] = np.arange(count) % _TESTED != _TESTED - 1
+    return known
 
 
 def retrieval(keys: NDArray[np.float32], sample: LayerSample) -> float | None:
@@ -169,7 +174,7 @@ def train_layer(
                 for rows in _batches(sample, anchors, random):
                     loss = _loss(trainee.keys(sample.hidden[rows], sample.lengths[rows]), sample, rows)
                     optimizer.zero_grad(set_to_none=True)
-                    loss.backward()  # type: ignore[no-untyped-call]
+                    loss.backward()
                     optimizer.step()
                 done += 1
                 now = retrieval(trainee.embed(sample), sample) or 0.0
@@ -210,7 +215,8 @@ class _Trainee:
         generator = torch.Generator().manual_seed(seed)
 
         def draw(*shape: int, fan_in: int) -> Tensor:
-            return (torch.randn(*shape, generator=generator) / fan_in**0.5).requires_grad_()
+            drawn: Tensor = torch.randn(*shape, generator=generator) / fan_in**0.5
+            return drawn.requires_grad_()
 
         bias = torch.zeros(key_dim).requires_grad_()
         if kind == "mlp":
@@ -226,7 +232,8 @@ class _Trainee:
         """Embed hidden states float32 ``[n, L, H]``; what lies beyond their lengths is zero already."""
         if self._kind == "mlp":
             first, second, third, one, two, bias = self.parameters
-            return ((hidden.flatten(1) @ first + one) @ second + two) @ third + bias
+            keys: Tensor = ((hidden.flatten(1) @ first + one) @ second + two) @ third + bias
+            return keys
         return separable_keys(hidden, torch.from_numpy(lengths), *self.parameters)
 
     def embed(self, sample: LayerSample) -> NDArray[np.float32]:
@@ -268,8 +275,8 @@ class _Trainee:
                     "weights": (first @ (second @ third)).numpy(),
                     "biases": ((one @ second + two) @ third + bias).numpy(),
                 }
-            tokens, mixing, bias = (part.detach().numpy() for part in self.parameters)
-            return {"tokens": tokens, "mixing": mixing, "biases": bias}
+            names = ("tokens", "mixing", "biases")
+            return {name: part.detach().numpy() for name, part in zip(names, self.parameters, strict=True)}
 
 
 def _tests(sample: LayerSample) -> Iterator[tuple[int, Ints]]:

@@ -83,7 +83,14 @@ def test_rows_whose_tokens_have_holes_are_skipped(path: Path) -> None:
 def test_a_store_beside_the_database_is_json_and_plain_arrays(path: Path) -> None:
     mt.build(tiny_model(), [tiny_batch([5] * 20)], path)
     files = sorted(file.name for file in (path / "transformers").iterdir())
-    assert files == ["embedder-mixing.npy", "embedder-projection.npy", "memo.json", "model-probe.npy", "profile.json"]
+    assert files == [
+        "build.json",
+        "embedder-biases.npy",
+        "embedder-weights.npy",
+        "memo.json",
+        "model-probe.npy",
+        "profile.json",
+    ]
     for file in (path / "transformers").glob("*.npy"):
         assert np.load(file, allow_pickle=False).dtype == np.float32
 
@@ -122,13 +129,15 @@ def test_an_existing_store_is_not_touched(path: Path) -> None:
         ({"target": "scores"}, "probs, context"),
         ({"buckets": ()}, "such as"),
         ({"buckets": (16, 1)}, "at least 2"),
-        ({"buckets": (16,), "key_dim": 12}, "multiple of mixes"),
+        ({"buckets": (16,), "key_dim": 12, "embedder": "projection"}, "multiple of mixes"),
         ({"embedder": mt.RandomProjection.create(PADDED - 1, 32)}, "at most 15 tokens"),
         ({"embedder": mt.LinearMLP.create(PADDED - 1, 32, 2)}, "at most 480 numbers"),
-        ({"embedder": "mlp"}, "'projection'"),
-        ({"epochs": 3}, "not trained"),
+        ({"embedder": "cnn"}, "mlp, separable, projection"),
+        ({"epochs": 3, "embedder": "projection"}, "not trained"),
+        ({"epochs": -1}, "at least 0"),
+        ({"budget": 1.0, "profile": False}, "profile=True"),
         ({"namespace_by_length": False}, "must never match"),
-        ({"key_dim": 12}, "multiple of mixes"),
+        ({"key_dim": 12, "embedder": "projection"}, "multiple of mixes"),
         ({"store_dtype": "complex"}, "complex"),
     ],
 )

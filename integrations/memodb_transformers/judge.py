@@ -1,0 +1,159 @@
+"""What reuse changes in a model's outputs, sequence by sequence, beside the plain model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from .errors import InvalidBatchError
+
+__all__ = ["METRICS", "Change", "Judge"]
+
+METRICS = ("accuracy", "agreement", "perplexity")
+
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Change:
+    """What a way to reuse costs.
+
+    Attributes
+    ----------
+    loss
+        Points of accuracy or agreement lost, or percent of perplexity gained.
+    error
+        Standard error of that.
+    damage
+        Mean absolute change of the log-probability of what the plain model says, or of the next token: it tells ways
+        apart that change no prediction yet.
+    sequences
+        Sequences it rests on.
+    """
+
+    loss: float
+    error: float
+    damage: float
+    sequences: int
+
+    def upper(self, z: float) -> float:
+        """Bound the loss from above, ``z`` standard errors away."""
+        return self.loss + z * self.error
+
+
+class Judge:
+    """Keeps what the plain model says of each batch, and compares with it.
+
+    Parameters
+    ----------
+    metric
+        ``"accuracy"``, ``"agreement"`` or ``"perplexity"``; None: accuracy where there are labels, perplexity for
+        causal language models, agreement otherwise.
+    causal
+        Whether scores of ``[n, L, V]`` are of the next token.
+    """
+
+    def __init__(self, metric: str | None, *, causal: bool) -> None:
+        if metric is not None and metric not in METRICS:
+            raise ValueError(f"expected metric to be one of {', '.join(METRICS)}; found {metric!r}")
+        self.metric = metric
+        self._causal = causal
+        self._plain: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+
+    def remember(self, number: int, logits: Any, batch: Mapping[str, Any]) -> None:
+        """Keep what the plain model says of a batch."""
+        scores, _, truth = self._read(logits, batch)
+        labels = truth if isinstance(truth, Tensor) else None
+        if self.metric is None:
+            self.metric = "accuracy" if labels is not None else "perplexity" if self._is_next(logits) else "agreement"
+        if self.metric == "accuracy" and labels is None:
+            raise InvalidBatchError(
+                "expected labels in every batch for a budget on accuracy; found none: give labels, or "
+                "metric='agreement'"
+            )
+        if self.metric == "perplexity" and not self._is_next(logits):
+            raise InvalidBatchError("expected a causal language model for a budget on perplexity; found another model")
+        said = scores.argmax(dim=-1)
+        reference = self._next(batch) if self._is_next(logits) else said
+        self._plain[number] = (said, _log_probability(scores, reference), reference)
+
+    def compare(self, number: int, logits: Any, batch: Mapping[str, Any]) -> Floats:
+        """Compare a batch: ``[n, 3]`` of what is lost, what is damaged, and how many tokens that is summed over."""
+        scores, valid, labels = self._read(logits, batch)
+        said, confidence, reference = self._plain[number]
+        now = _log_probability(scores, reference)
+        if self.metric == "perplexity":
+            lost = confidence - now
+        else:
+            right = said if self.metric == "agreement" else labels
+            assert right is not None
+            lost = (said == right).double() - (scores.argmax(dim=-1) == right).double()
+        parts = [lost, (now - confidence).abs(), torch.ones_like(now)]
+        found: Floats = torch.stack(
+            [torch.where(valid, part.double(), 0.0).sum(dim=1) for part in parts], dim=1
+        ).numpy()
+        return found
+
+    def sum(self, parts: list[Floats]) -> Change:
+        """Sum up all batches: a ratio of sums over sequences, its error by linearisation."""
+        lost, damaged, counts = np.concatenate(parts).T
+        n, total = len(lost), float(counts.sum())
+        if not total:
+            raise InvalidBatchError("expected sequences with tokens that can be judged; found none")
+        rate = float(lost.sum()) / total
+        # One change more than was seen: none among few sequences does not say that there are none.
+        residual = float(((lost - rate * counts) ** 2).sum()) + float((counts**2).mean()) * (
+            self.metric != "perplexity"
+        )
+        error = math.sqrt(residual) / total
+        if self.metric == "perplexity":
+            factor = math.exp(min(rate, 50.0))
+            return Change(100.0 * (factor - 1.0), 100.0 * factor * error, float(damaged.sum()) / total, n)
+        return Change(100.0 * rate, 100.0 * error, float(damaged.sum()) / total, n)
+
+    def _is_next(self, logits: Any) -> bool:
+        return self._causal and isinstance(logits, Tensor) and logits.dim() == 3
+
+    def _read(self, logits: Any, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return scores ``[n, tokens, classes]``, which tokens count, and labels where there are any."""
+        if not isinstance(logits, Tensor) or logits.dim() not in (2, 3) or logits.shape[-1] < 2:
+            raise InvalidBatchError(
+                "expected a model whose output has logits of classes or tokens, so that a change can be judged; found "
+                f"{list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__}"
+            )
+        scores = logits.detach().float().cpu()
+        labels = batch.get("labels")
+        labels = labels.cpu() if isinstance(labels, Tensor) and not labels.is_floating_point() else None
+        if scores.dim() == 2:
+            whole = scores[:, None]
+            fits = labels is not None and labels.shape == (len(scores),)
+            return (
+                whole,
+                torch.ones(len(scores), 1, dtype=torch.bool),
+                labels[:, None] if fits and labels is not None else None,
+            )
+        mask = batch.get("attention_mask")
+        valid = torch.ones(scores.shape[:2], dtype=torch.bool) if mask is None else mask.cpu().ne(0)
+        if self._is_next(logits):
+            return scores[:, :-1], valid[:, :-1] & valid[:, 1:], None
+        if labels is None or labels.shape != scores.shape[:2]:
+            return scores, valid, None
+        return scores, valid & (labels >= 0), labels
+
+    @staticmethod
+    def _next(batch: Mapping[str, Any]) -> Tensor:
+        ids: Tensor = batch["input_ids"].cpu()
+        return ids[:, 1:]
+
+
+def _log_probability(scores: Tensor, chosen: Tensor) -> Tensor:
+    """Log-probability of one class or token of each row, without keeping those of all."""
+    picked: Tensor = scores.gather(-1, chosen[..., None])[..., 0] - scores.logsumexp(dim=-1)
+    return picked

@@ -1,0 +1,212 @@
+"""The folder in which a store is built, and the journal of what is done: a build that was cut off goes on from it.
+
+A store at ``path`` is built in ``path.building`` and moved to its place at the end as a whole, so that whatever lies
+at ``path`` is complete. ``journal.json`` in that folder names the stages that are done; one that was cut off in the
+middle is done again, but for recording, which goes on with the sequence it was at.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import resource
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+import torch
+
+import memodb
+
+from .errors import UnfinishedBuildError
+
+__all__ = ["Stage", "Work", "fingerprint"]
+
+_JOURNAL = "journal.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """One stage of a build.
+
+    Attributes
+    ----------
+    name, padded_length
+        Which stage, and of which store, by the length of its records.
+    seconds
+        Wall-clock time that it took, of all attempts that were finished.
+    peak_memory
+        Most bytes of memory that the process had held when it ended.
+    bytes
+        What lay in the folder of the build when it ended.
+    resumed
+        Whether it was done by an earlier call.
+    """
+
+    name: str
+    padded_length: int
+    seconds: float
+    peak_memory: int
+    bytes: int
+    resumed: bool
+
+
+class Work:
+    """The folder of a build.
+
+    Parameters
+    ----------
+    path
+        Where the store shall be.
+    settings
+        Everything that the result depends on; an unfinished build of other settings is refused.
+    """
+
+    def __init__(self, path: Path, settings: Mapping[str, Any]) -> None:
+        self.path = path
+        self.folder = path.with_name(path.name + ".building")
+        self.stages: list[Stage] = []
+        self._settings = json.loads(json.dumps(settings))
+        self._journal: dict[str, Any] = {"settings": self._settings, "done": {}}
+
+    @contextmanager
+    def entered(self) -> Iterator[None]:
+        """Make the folder, or go on with the one there is; on an error that a second call could not cure, remove it.
+
+        Raises
+        ------
+        UnfinishedBuildError
+            An unfinished build of other data or settings lies there.
+        memodb.WriterLockedError
+            Another process is building there.
+        """
+        self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        descriptor = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            self._claim(descriptor)
+            self._read()
+            try:
+                yield
+            except (TypeError, ValueError):
+                shutil.rmtree(self.folder, ignore_errors=True)
+                raise
+            except BaseException as error:
+                error.add_note(
+                    f"what was done so far lies in {self.folder}: call build again with the same arguments to go on, "
+                    "or remove that folder"
+                )
+                raise
+        finally:
+            os.close(descriptor)
+
+    def part(self, padded_length: int) -> Path:
+        """Tell the folder of what is needed only while one store is built."""
+        return self.folder / f"work-{padded_length}"
+
+    def store(self, padded_length: int) -> Path:
+        """Tell where one store is built."""
+        return self.folder / "stores" / f"L={padded_length}"
+
+    def run(self, name: str, padded_length: int, do: Callable[[], Any]) -> Any:
+        """Run a stage unless it is done; returns what it returned, as JSON types."""
+        key = f"L={padded_length}/{name}"
+        noted = self._journal["done"].get(key)
+        if noted is None:
+            began = perf_counter()
+            result = do()
+            noted = {
+                "result": result,
+                "seconds": perf_counter() - began,
+                # ru_maxrss counts KiB: getrusage(2)
+                "peak_memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+                "bytes": sum(file.stat().st_blocks * 512 for file in self.folder.rglob("*") if file.is_file()),
+            }
+            self.note(key, noted)
+            resumed = False
+        else:
+            resumed = True
+        self.stages.append(Stage(name, padded_length, noted["seconds"], noted["peak_memory"], noted["bytes"], resumed))
+        return self._journal["done"][key]["result"]
+
+    def note(self, key: str, value: Any) -> None:
+        """Write into the journal; what is written is there as a whole or not at all."""
+        self._journal["done"][key] = json.loads(json.dumps(value))
+        draft = self.folder / f"{_JOURNAL}.tmp"
+        draft.write_text(json.dumps(self._journal, indent=1) + "\n")
+        os.replace(draft, self.folder / _JOURNAL)
+
+    def noted(self, key: str) -> Any:
+        """Return what was written into the journal, or None."""
+        return self._journal["done"].get(key)
+
+    def finish(self, lengths: Iterable[int], *, buckets: bool) -> None:
+        """Move what was built to its place and remove the folder."""
+        chosen = self.folder / "stores"
+        if not buckets:
+            chosen = self.store(next(iter(lengths)))
+        try:
+            os.rename(chosen, self.path)
+        except OSError as error:
+            if error.errno not in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
+                raise
+            raise memodb.StoreExistsError(
+                f"{self.path} was made while the store was built: remove it and call build again with the same "
+                "arguments"
+            ) from error
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _claim(self, descriptor: int) -> None:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise memodb.WriterLockedError(
+                f"another process is building in {self.folder}: wait for it, or choose another path"
+            ) from error
+
+    def _read(self) -> None:
+        file = self.folder / _JOURNAL
+        if not file.exists():
+            # Killed before its first note, or none of ours: then it is not empty.
+            strange = [part.name for part in self.folder.iterdir() if part.name not in ("stores", f"{_JOURNAL}.tmp")]
+            if [name for name in strange if not name.startswith("work-")]:
+                raise memodb.StoreExistsError(
+                    f"{self.folder} is where the store would be built, but holds {strange[0]!r}: remove it, or choose "
+                    "another path"
+                )
+            self.note("begun", value=True)
+            return
+        try:
+            journal = json.loads(file.read_text())
+            settings, done = journal["settings"], journal["done"]
+        except (OSError, KeyError, TypeError, ValueError) as error:
+            raise UnfinishedBuildError(f"{file} is damaged ({error!r}): remove {self.folder}") from error
+        other = sorted(name for name in {*settings, *self._settings} if settings.get(name) != self._settings.get(name))
+        if other:
+            raise UnfinishedBuildError(
+                f"{self.folder} holds an unfinished build with another {', '.join(other)}: call build as it was called "
+                "then, or remove that folder"
+            )
+        self._journal = {"settings": settings, "done": dict(done)}
+
+
+def fingerprint(values: Iterable[Any]) -> str:
+    """Tell data from other data: a digest of tensors, arrays and what else can be written as JSON."""
+    digest = hashlib.sha256()
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            value = value.detach().cpu()
+            value = value.view(torch.uint8).numpy() if value.is_floating_point() and value.dim() else value.numpy()
+        if isinstance(value, np.ndarray):
+            digest.update(repr((value.shape, value.dtype.str)).encode())
+            digest.update(np.ascontiguousarray(value).tobytes())
+        else:
+            digest.update(json.dumps(value, sort_keys=True, default=repr).encode())
+    return digest.hexdigest()
