@@ -27,14 +27,14 @@ from .files import write_json
 from .performance import ProfileReport
 from .plan import Share, plan
 from .profiling import profile_store
-from .recorder import Recorder
+from .recorder import Recorder, batch_shape
 from .reports import hide_bar
 from .samples import Samples, sample_bytes
 from .sites import ModelSites, find_memoizable
 from .store import MEMO_FILES, TARGETS, open_store, read_profile, record_shape, write_store
 from .training import TRAINED, LayerTraining, TrainingReport, assemble, split_known, train_layer
 from .tune_report import TuneReport
-from .tuning import tune_store
+from .tuning import FEWEST_TUNED, check_budget, tune_store
 from .work import Work, fingerprint
 
 __all__ = ["BuildReport", "build"]
@@ -142,11 +142,18 @@ def build(
     lengths = _check_options(target, store_dtype, embedder, epochs, namespace_by_length, buckets)
     if budget is not None and not profile:
         raise ValueError("expected profile=True with a budget: thresholds are tuned by the profile")
+    if budget is not None:
+        check_budget(budget)
     sites = find_memoizable(model)
     root = Path(path)
     if root.is_symlink() or (root.exists() and (not root.is_dir() or any(root.iterdir()))):
         raise memodb.StoreExistsError(f"{root} exists: choose another path, or remove it first")
     shares, longer = plan(batches, lengths, profile=profile, tune=budget is not None)
+    if budget is not None and not any(_tunable(share) for share in shares.values()):
+        raise InvalidBatchError(
+            f"expected so many sequences that a tenth of them, {FEWEST_TUNED} or more, can be kept out to tune with; "
+            f"found {max(share.sequences for share in shares.values())} to record"
+        )
     for share in shares.values():
         _check_embedder(embedder, share.padded_length, sites, key_dim, seed)
     card = ModelCard.of(sites)
@@ -246,10 +253,7 @@ class _Build:
         return BuildReport(
             path=str(self._place),
             sequences=recorded["sequences"],
-            held_out=sum(
-                len(batch["input_ids"] if "input_ids" in batch else next(iter(batch.values())))
-                for batch in share.profiled
-            ),
+            held_out=sum(batch_shape(batch)[0] for batch in share.profiled),
             skipped=share.skipped + recorded["skipped"],
             layers=layers,
             records=records,
@@ -278,19 +282,16 @@ class _Build:
         folder = self._part / "sample"
         each = sample_bytes(self._sites, self._length, self._settings["target"])
         most = max(2, min(_SAMPLED, self._settings["scratch_bytes"] // each))
-        done = self._work.noted(f"L={self._length}/train") is not None
-        if not done:
+
+        def collect() -> int:
             chosen = self._share.sample(most, seed)
+            with self._bar("sampling", len(chosen), "batch") as bar:
+                samples = Samples.collect(
+                    self._model, self._sites, chosen, folder, self._length, self._settings["target"], bar
+                )
+            return len(samples)
 
-            def collect() -> int:
-                with self._bar("sampling", len(chosen), "batch") as bar:
-                    return len(
-                        Samples.collect(
-                            self._model, self._sites, chosen, folder, self._length, self._settings["target"], bar
-                        )
-                    )
-
-            self._stage("sample", collect)
+        self._stage("sample", collect)
         report = self._stage("train", lambda: self._train_layers(kind, folder, seed))
         shutil.rmtree(folder, ignore_errors=True)
         layers = tuple(LayerTraining(**row) for row in report["layers"])
@@ -388,7 +389,7 @@ class _Build:
 
     def _tune(self, embedder: Embedder) -> TuneReport | None:
         budget = self._settings["budget"]
-        if budget is None or not self._share.tuned:
+        if budget is None or not _tunable(self._share):
             return None
 
         def choose() -> dict[str, Any]:
@@ -404,6 +405,10 @@ class _Build:
             return report.to_dict()
 
         return TuneReport.from_dict(self._stage("tune", choose))
+
+
+def _tunable(share: Share) -> bool:
+    return sum(batch_shape(batch)[0] for batch in share.tuned) >= FEWEST_TUNED
 
 
 def _total(root: Path, reports: list[BuildReport], skipped: int, seconds: float, *, buckets: bool) -> BuildReport:

@@ -131,7 +131,8 @@ class Samples:
         """Compare the records of one layer; ``known`` tells which sequences are trained on."""
         lengths = np.array(self._lengths, dtype=np.int64)
         records = self._records[number]
-        hidden = torch.from_numpy(np.array(self._hidden[number]))
+        with torch.inference_mode(mode=False):  # it is trained on
+            hidden = torch.from_numpy(np.array(self._hidden[number]))
         finite = torch.isfinite(hidden).flatten(1).all(dim=1)
         hidden[~finite] = 0.0
         similar = np.full((len(lengths), len(lengths)), np.nan, dtype=np.float32)

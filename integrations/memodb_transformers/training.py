@@ -156,6 +156,14 @@ def train_layer(
     dict, LayerTraining
         The parameters of this layer, for :func:`assemble`, and how it went.
     """
+    # Whatever the caller runs the model in, this is training in full precision.
+    with torch.inference_mode(mode=False), torch.autocast("cpu", enabled=False):
+        return _train(kind, layer, sample, key_dim, DEFAULT_EPOCHS if epochs is None else epochs, seed)
+
+
+def _train(
+    kind: str, layer: int, sample: LayerSample, key_dim: int, epochs: int, seed: int
+) -> tuple[dict[str, NDArray[np.float32]], LayerTraining]:
     began = perf_counter()
     trainee = _Trainee(kind, sample.hidden.shape[1], sample.hidden.shape[2], key_dim, seed + 1000 * layer)
     anchors = np.flatnonzero(sample.known & (np.isfinite(sample.similarities[:, sample.known]).sum(axis=1) > 1))
@@ -170,7 +178,7 @@ def train_layer(
         score, waited = retrieval(trainee.embed(sample), sample) or 0.0, 0
         optimizer = torch.optim.AdamW(trainee.parameters, lr=_RATE[kind], weight_decay=1e-2)
         with torch.enable_grad():
-            for _ in range(DEFAULT_EPOCHS if epochs is None else epochs):
+            for _ in range(epochs):
                 for rows in _batches(sample, anchors, random):
                     loss = _loss(trainee.keys(sample.hidden[rows], sample.lengths[rows]), sample, rows)
                     optimizer.zero_grad(set_to_none=True)
@@ -215,14 +223,16 @@ class _Trainee:
         generator = torch.Generator().manual_seed(seed)
 
         def draw(*shape: int, fan_in: int) -> Tensor:
-            drawn: Tensor = torch.randn(*shape, generator=generator) / fan_in**0.5
+            drawn: Tensor = torch.randn(*shape, generator=generator, dtype=torch.float32) / fan_in**0.5
             return drawn.requires_grad_()
 
-        bias = torch.zeros(key_dim).requires_grad_()
+        bias = torch.zeros(key_dim, dtype=torch.float32).requires_grad_()
         if kind == "mlp":
             sizes = (padded * width, _WIDTH, _WIDTH, key_dim)
             self.parameters = [draw(size, after, fan_in=size) for size, after in pairwise(sizes)]
-            self.parameters += [torch.zeros(after).requires_grad_() for after in sizes[1:-1]] + [bias]
+            self.parameters += [torch.zeros(after, dtype=torch.float32).requires_grad_() for after in sizes[1:-1]] + [
+                bias
+            ]
         else:
             few = token_width(width, key_dim)
             tokens = draw(width, few, fan_in=width)

@@ -24,13 +24,13 @@ from .errors import InvalidBatchError, StoreMismatchError
 from .judge import Change, Judge
 from .memoize import Memo
 from .performance import ProfileReport
-from .recorder import batch_shape
+from .recorder import batch_shape, cut_rows
 from .reports import hide_bar
 from .sites import ModelSites, find_memoizable
 from .store import MemoStore, open_stores, smallest_fitting, write_tuned
 from .tune_report import TuneReport
 
-__all__ = ["TuneReport", "tune", "tune_store"]
+__all__ = ["FEWEST_TUNED", "TuneReport", "check_budget", "tune", "tune_store"]
 
 # Hit rates that a layer's threshold is tried at.
 _RATES = (0.25, 0.5, 0.75, 1.0)
@@ -38,9 +38,10 @@ _RATES = (0.25, 0.5, 0.75, 1.0)
 _ALONE = 256
 # Further ways tried after the first that is over the budget.
 _MORE = 6
-_FEWEST = 8
+FEWEST_TUNED = 16
 
 Thresholds = dict[int, float]
+Numbered = list[tuple[int, Mapping[str, Any]]]
 
 
 def tune(
@@ -68,7 +69,7 @@ def tune(
         A model and its store, with a profile.
     batches
         Data that is not in the store, and other data than it was profiled with; with ``labels`` for a budget on
-        accuracy. At least 8 batches or so: they are split into halves.
+        accuracy. At least 16 sequences, and better a thousand: they are split into halves.
     budget
         Points of accuracy or agreement that may be lost, or percent that perplexity may grow.
     metric
@@ -132,8 +133,7 @@ def tune_store(
     progress: bool | None = None,
 ) -> TuneReport:
     """Tune an open store: see :func:`tune`."""
-    if isinstance(budget, bool) or not isinstance(budget, int | float | np.number) or not 0 <= budget < float("inf"):
-        raise ValueError(f"expected budget to be a number of points of at least 0; found {budget!r}")
+    check_budget(budget)
     if not isinstance(confidence, float) or not 0.5 <= confidence < 1.0:
         raise ValueError(f"expected confidence to be at least 0.5 and below 1; found {confidence!r}")
     if store.profile is None:
@@ -141,12 +141,11 @@ def tune_store(
             f"the store at {store.path} has no profile, which tuning needs: run memodb_transformers.profile first"
         )
     profile = ProfileReport.from_dict(store.profile, store.path)
-    halves = [[(n, batch) for n, batch in enumerate(batches) if n % 2 == half] for half in (0, 1)]
+    halves = _halves(batches)
     counts = [sum(batch_shape(batch)[0] for _, batch in half) for half in halves]
-    if min(counts) < _FEWEST:
+    if min(counts) < FEWEST_TUNED // 2:
         raise InvalidBatchError(
-            f"expected two batches or more, of {2 * _FEWEST} sequences in all: one half chooses, the other checks; "
-            f"found {len(batches)} of {sum(counts)}"
+            f"expected {FEWEST_TUNED} sequences or more: one half chooses, the other checks; found {sum(counts)}"
         )
     z = statistics.NormalDist().inv_cdf(confidence)
     trial = _Trial(model, sites, store, Judge(metric, causal=sites.family.causal), lookup, progress)
@@ -176,6 +175,26 @@ def tune_store(
     return report
 
 
+def check_budget(budget: Any) -> None:
+    """Refuse a budget that is no number of points."""
+    if isinstance(budget, bool) or not isinstance(budget, int | float | np.number) or not 0 <= budget < float("inf"):
+        raise ValueError(f"expected budget to be a number of points of at least 0; found {budget!r}")
+
+
+def _halves(batches: Sequence[Mapping[str, Any]]) -> tuple[Numbered, Numbered]:
+    """Split batches into those that choose and those that check; few are cut in two each."""
+    parts = list(batches)
+    if len(parts) < 4:
+        parts = []
+        for batch in batches:
+            rows = batch_shape(batch)[0]
+            for chosen in np.array_split(np.arange(rows), 2):
+                if len(chosen):
+                    parts.append(cut_rows(batch, chosen, rows))
+    numbered = list(enumerate(parts))
+    return numbered[::2], numbered[1::2]
+
+
 class _Trial:
     """Runs the model with one way to reuse after another."""
 
@@ -199,12 +218,12 @@ class _Trial:
     def __exit__(self, *_: object) -> None:
         self._bar.close()
 
-    def remember(self, batches: Sequence[tuple[int, Mapping[str, Any]]]) -> None:
+    def remember(self, batches: Numbered) -> None:
         """Run the plain model."""
         for number, batch in batches:
             self.judge.remember(number, self._logits(batch), batch)
 
-    def run(self, thresholds: Thresholds, batches: Sequence[tuple[int, Mapping[str, Any]]]) -> tuple[Change, float]:
+    def run(self, thresholds: Thresholds, batches: Numbered) -> tuple[Change, float]:
         """Reuse with these thresholds: what it costs, and the memoization rate."""
         length = self._store.padded_length
         memo = Memo(self._sites, {length: self._store}, {length: thresholds}, lookup=self._lookup)
@@ -218,11 +237,9 @@ class _Trial:
         return getattr(self._model(**model_inputs(batch, self._model.device)), "logits", None)
 
 
-def _path(
-    trial: _Trial, profile: ProfileReport, batches: Sequence[tuple[int, Mapping[str, Any]]], lookup: str
-) -> list[Thresholds]:
+def _path(trial: _Trial, profile: ProfileReport, batches: Numbered, lookup: str) -> list[Thresholds]:
     """Order ways to reuse from timid to bold: at each step what saves most for the harm that it does alone."""
-    few: list[tuple[int, Mapping[str, Any]]] = []
+    few: Numbered = []
     for pair in batches:
         if sum(batch_shape(batch)[0] for _, batch in few) < _ALONE:
             few.append(pair)
@@ -257,7 +274,7 @@ def _path(
 def _boldest(
     trial: _Trial,
     path: list[Thresholds],
-    batches: Sequence[tuple[int, Mapping[str, Any]]],
+    batches: Numbered,
     budget: float,
     z: float,
 ) -> list[Thresholds]:
@@ -282,7 +299,7 @@ def _boldest(
 def _confirmed(
     trial: _Trial,
     steps: list[Thresholds],
-    batches: Sequence[tuple[int, Mapping[str, Any]]],
+    batches: Numbered,
     budget: float,
     z: float,
 ) -> tuple[Thresholds, float, Change]:

@@ -203,7 +203,7 @@ def test_a_subclass_and_pruned_weights_work_like_any_other(path: Path, family: s
 def test_albert_layers_are_told_apart_by_the_order_of_calls(path: Path, layers: int, groups: int, inner: int) -> None:
     model = tiny_model("albert", layers=layers, num_hidden_groups=groups, inner_group_num=inner)
     known, new = tiny_batch(LENGTHS), tiny_batch([5, 9], seed=2)
-    report = mt.build(model, [known], path, profile=False)
+    report = mt.build(model, [known], path, profile=False, embedder="projection")
     batch = join(new, known)
     plain = states(model, batch)
     with mt.memoize(model, path, threshold=ITSELF, layers="all") as memo:

@@ -419,7 +419,7 @@ def test_queries_and_keys_are_not_computed_by_slices_either(path: Path) -> None:
         store = path.with_name(family)
         model = tiny_model(family, attention="eager").requires_grad_(False)
         batch = tiny_batch([PADDED] * 4)
-        mt.build(model, [batch], store, profile=False)
+        mt.build(model, [batch], store, profile=False, embedder="projection")
         settings = {"use_cache": False} if FAMILIES[family].causal else {}
         with FlopCounterMode(display=False) as plain:
             states(model, batch, **settings)
@@ -594,7 +594,7 @@ DAMAGE = {
 @pytest.mark.parametrize("kind", DAMAGE)
 def test_damage_beside_the_database_is_said_to_be_that(path: Path, kind: str) -> None:
     model = tiny_model()
-    mt.build(model, [tiny_batch([8] * 20)], path)
+    mt.build(model, [tiny_batch([8] * 20)], path, embedder="projection")
     name, content = DAMAGE[kind]
     file = path / "transformers" / name
     if kind == "huge number":
@@ -611,7 +611,7 @@ def test_parts_that_do_not_fit_are_refused_before_the_model_runs(path: Path, har
     import numpy as np
 
     model = tiny_model()
-    mt.build(model, [tiny_batch([8] * 20)], path)
+    mt.build(model, [tiny_batch([8] * 20)], path, embedder="projection")
     folder = path / "transformers"
     mixing, projection = (np.load(folder / f"embedder-{name}.npy") for name in ("mixing", "projection"))
     profile = json.loads((folder / "profile.json").read_text())
