@@ -25,11 +25,11 @@ from .embedding import Embedder, RandomProjection
 from .errors import InvalidBatchError
 from .files import write_json
 from .performance import ProfileReport
-from .plan import Share, plan
 from .profiling import profile_store
 from .recorder import Recorder, batch_shape
 from .reports import hide_bar
 from .samples import Samples, sample_bytes
+from .shares import Share, share_out
 from .sites import ModelSites, find_memoizable
 from .store import MEMO_FILES, TARGETS, open_store, read_profile, record_shape, write_store
 from .training import TRAINED, LayerTraining, TrainingReport, assemble, split_known, train_layer
@@ -148,7 +148,7 @@ def build(
     root = Path(path)
     if root.is_symlink() or (root.exists() and (not root.is_dir() or any(root.iterdir()))):
         raise memodb.StoreExistsError(f"{root} exists: choose another path, or remove it first")
-    shares, longer = plan(batches, lengths, profile=profile, tune=budget is not None)
+    shares, longer = share_out(batches, lengths, profile=profile, tune=budget is not None)
     if budget is not None and not any(_tunable(share) for share in shares.values()):
         raise InvalidBatchError(
             f"expected so many sequences that a tenth of them, {FEWEST_TUNED} or more, can be kept out to tune with; "

@@ -16,7 +16,7 @@ from .forward import Ints, Spans
 from .recorder import batch_shape, cut_rows, spans_of
 from .store import smallest_fitting
 
-__all__ = ["Share", "plan", "regroup"]
+__all__ = ["Share", "regroup", "share_out"]
 
 # Of ten sequences one is kept out to profile with and, where thresholds are tuned, another one to tune with: what is
 # calibrated on records that find themselves would be worthless.
@@ -69,7 +69,7 @@ class Share:
         return regroup(parts, self.batch_size)
 
 
-def plan(
+def share_out(
     batches: Iterable[Mapping[str, Any]], lengths: Sequence[int], *, profile: bool, tune: bool
 ) -> tuple[dict[int, Share], int]:
     """Share out the sequences of all batches.
