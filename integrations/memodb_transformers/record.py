@@ -6,6 +6,7 @@ import operator
 import os
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from time import perf_counter
@@ -51,7 +52,8 @@ class BuildReport:
     seconds
         Wall-clock time of recording, without the profile.
     profile
-        The profile, or None where no sequence was held out or none was asked for; with length buckets, see there.
+        The profile, or None where no sequence was held out, all of them repeat recorded ones, or none was asked for;
+        with length buckets, see there.
     target
         ``"probs"`` or ``"context"``.
     buckets
@@ -237,7 +239,8 @@ def _report(
     """Profile one store, and say what it holds."""
     measured = None
     if recorder.held_out:
-        with open_store(recorder.path, recorder.card, recorder.embedder) as store:
+        # Where all that was held out repeats what was recorded, there is nothing to calibrate with.
+        with open_store(recorder.path, recorder.card, recorder.embedder) as store, suppress(InvalidBatchError):
             measured = profile_store(model, sites, store, recorder.held_out, progress=progress)
     return BuildReport(
         path=str(recorder.path),
