@@ -31,8 +31,8 @@ def bar_chart(labels: Sequence[str], values: Sequence[float], *, unit: str = "",
         bar = _length(value, scale)
         losing = ("-" * bar if value < 0 else "").rjust(left)
         gaining = ("#" * bar if value > 0 else "").ljust(right)
-        lines.append(f"{label.ljust(wide)}  {losing}|{gaining}  {text.rjust(digits)} {unit}".rstrip())
-    return "\n".join(lines) + "\n"
+        lines.append(f"{label.ljust(wide)}  {losing}|{gaining}  {text.rjust(digits)} {unit}".rstrip() + "\n")
+    return "".join(lines)
 
 
 def _length(value: float, scale: float) -> int:

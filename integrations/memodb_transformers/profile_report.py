@@ -39,7 +39,7 @@ def profile_markdown(report: ProfileReport) -> str:
     left_out = f" ({report.self_hits} more are in the store and were left out)" if report.self_hits else ""
     note = (
         f"us per sequence, from {report.sequences} held-out sequences{left_out}, batches of {report.batch_size}, "
-        f"{report.threads} threads, {report.attention} attention. Benefit is Eq. 3 of the AttMemo paper: above 0 the "
+        f"{report.threads} threads, attention {report.attention}. Benefit is Eq. 3 of the AttMemo paper: above 0 the "
         'layer pays. By sequence: with lookup="sequence", whose one lookup is not in these benefits.\n'
     )
     return "\n".join([markdown_table(header, rows), note, _chart(report), _scaling(report)])

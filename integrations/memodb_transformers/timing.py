@@ -65,6 +65,7 @@ class LayerTimer:
 
     def __init__(self, layer: int, store: MemoStore, *, compiled: bool = False) -> None:
         self._layer, self._store, self._compiled = layer, store, compiled
+        self._faster: Callable[..., Any] | None = None
         self._times: dict[Shape, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
 
     def time(self, visit: Visit, spans: Spans, lengths: Ints) -> None:
@@ -98,8 +99,8 @@ class LayerTimer:
 
         measure("miss", original)
         if self._compiled:
-            # Sizes are compiled each by itself, as they are in the end where a model is served with few of them.
-            faster = torch.compile(visit.original, dynamic=False)
+            # Each size by itself: compiled for all at once it would be slower than where a model is served with few.
+            faster = self._faster = self._faster or torch.compile(visit.original, dynamic=False)
             faster(*visit.args, **visit.kwargs)
             measure("attention", lambda: faster(*visit.args, **visit.kwargs))
         measure("lookup", look_up)
