@@ -153,6 +153,11 @@ def test_the_command_builds_profiles_and_evaluates(
     assert main(["profile", *common, "--limit", "10"]) == 0
     profiled = json.loads(capsys.readouterr().out)
     assert (profiled["sequences"], profiled["self_hits"]) == (1, 9)  # every tenth was held out
+    assert main(["profile", *common[:-1]]) == 0
+    printed = capsys.readouterr().out
+    assert "| layer |" in printed
+    assert "\nlayer 0  " in printed  # a bar
+    assert "half the batch" in printed
     assert main(["evaluate", *common, "--levels", "moderate", "--layers", "all", "--repeats", "1"]) == 0
     rows = json.loads(capsys.readouterr().out)["rows"]
     assert [row["kind"] for row in rows] == ["plain", "nearest"]
