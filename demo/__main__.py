@@ -75,7 +75,7 @@ def _run(arguments: argparse.Namespace, folder: Path) -> Any:
     all_layers = mt.evaluate(model, batches, store, layers="all", repeats=repeats, progress=progress)
     profiled = mt.evaluate(model, batches, store, repeats=repeats, levels=["moderate"], progress=progress)
     chosen = {
-        level: [row["layer"] for row in stats["layers"] if row["memoized"]] for level, stats in profiled.stats.items()
+        level: [row["layer"] for row in stats["layers"] if row["lookups"]] for level, stats in profiled.stats.items()
     }
     _say("Comparing ways to gather records ...")
     with memodb.MemoDB.open(store) as db:

@@ -34,7 +34,8 @@ class BuildReport:
     seconds
         Wall-clock time of all stages.
     profile
-        The profile, or None where no sequence was held out or none was asked for; with length buckets, see there.
+        The profile, or None where no sequence was held out, all of them repeat recorded ones, or none was asked for;
+        with length buckets, see there.
     target
         ``"probs"`` or ``"context"``.
     embedder

@@ -13,7 +13,7 @@ from .store import MemoStore, read_tuned
 from .thresholds import LEVELS, TUNED
 from .tune_report import TuneReport
 
-__all__ = ["check_lookup", "resolve_thresholds"]
+__all__ = ["asked_profiles", "check_lookup", "resolve_thresholds"]
 
 
 def check_lookup(stores: Mapping[int, MemoStore], lookup: str, length_tolerance: int) -> None:
@@ -37,7 +37,11 @@ def resolve_thresholds(
     layers: str | Sequence[int],
     lookup: str = "layer",
 ) -> dict[int, dict[int, float]]:
-    """Find the layers to memoize and the threshold of each, for each store; see :func:`memoize`."""
+    """Find the layers to memoize and the threshold of each, for each store; see :func:`memoize`.
+
+    With ``layers="profiled"`` these are the layers that pay in a batch of some size: which of them do in the batch at
+    hand is decided when it comes, by :func:`asked_profiles`.
+    """
     if not isinstance(level, str) or level not in (*LEVELS, TUNED):
         raise ValueError(f"expected level to be one of {', '.join((*LEVELS, TUNED))}; found {level!r}")
     number = isinstance(threshold, float | np.floating) or _is_whole(threshold)
@@ -47,11 +51,7 @@ def resolve_thresholds(
     wanted = _wanted(layers, first.card.layers)
     if level == TUNED and threshold is None:
         return _tuned(stores, wanted, lookup)
-    reports = {
-        length: ProfileReport.from_dict(store.profile, store.path)
-        for length, store in stores.items()
-        if store.profile is not None
-    }
+    reports = _profiles(stores)
     if not reports and (threshold is None or (isinstance(layers, str) and layers == "profiled")):
         raise StoreMismatchError(
             f"the store at {first.path} has no profile, which levels and layers='profiled' need: run "
@@ -79,6 +79,25 @@ def _tuned(stores: Mapping[int, MemoStore], wanted: list[int], lookup: str) -> d
     return chosen
 
 
+def asked_profiles(stores: Mapping[int, MemoStore], layers: str | Sequence[int]) -> dict[int, ProfileReport]:
+    """Read what decides, batch by batch, which layers pay: nothing unless ``layers="profiled"`` is asked for.
+
+    Raises
+    ------
+    StoreMismatchError
+        A profile is damaged.
+    """
+    return _profiles(stores) if isinstance(layers, str) and layers == "profiled" else {}
+
+
+def _profiles(stores: Mapping[int, MemoStore]) -> dict[int, ProfileReport]:
+    return {
+        length: ProfileReport.from_dict(store.profile, store.path)
+        for length, store in stores.items()
+        if store.profile is not None
+    }
+
+
 def _thresholds(
     report: ProfileReport | None,
     level: str,
@@ -93,7 +112,7 @@ def _thresholds(
     thresholds = {layer: float(found[layer]) for layer in wanted if layer in found}
     if not isinstance(layers, str) or layers != "profiled":
         return thresholds
-    return {layer: thresholds[layer] for layer in report.paying(thresholds, lookup)} if report else {}
+    return {layer: thresholds[layer] for layer in report.may_pay(thresholds, lookup)} if report else {}
 
 
 def _wanted(layers: str | Sequence[int], count: int) -> list[int]:

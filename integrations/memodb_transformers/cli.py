@@ -50,7 +50,7 @@ def _profile(arguments: argparse.Namespace) -> Any:
     from .profiling import profile
 
     model, batches = _load(arguments)
-    return profile(model, batches, arguments.store, progress=arguments.progress)
+    return profile(model, batches, arguments.store, compiled=arguments.compiled, progress=arguments.progress)
 
 
 def _evaluate(arguments: argparse.Namespace) -> Any:
@@ -165,6 +165,7 @@ def _parser() -> argparse.ArgumentParser:
     build.set_defaults(run=_build)
 
     profile = commands.add_parser("profile", parents=[common], help="calibrate and time a store on held-out data")
+    profile.add_argument("--compiled", action="store_true", help="compare with attention under torch.compile")
     profile.set_defaults(run=_profile)
 
     evaluate = commands.add_parser("evaluate", parents=[common], help="compare with and without memoization")

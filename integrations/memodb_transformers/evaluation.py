@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from .capture import attention_implementation, in_inference, model_inputs
 from .card import ModelCard
-from .choices import check_lookup, resolve_thresholds
+from .choices import asked_profiles, check_lookup, resolve_thresholds
 from .embedding import Embedder
 from .errors import InvalidBatchError
 from .memoize import Memo
@@ -143,6 +143,7 @@ def evaluate(
                 resolve_thresholds(stores, level, None, layers, lookup),
                 lookup=lookup,
                 length_tolerance=length_tolerance,
+                profiles=asked_profiles(stores, layers),
             )
             for level in (levels if "nearest" in kinds else ())
         }

@@ -95,7 +95,9 @@ class LayerCounters:
         Sequences whose attention came from the store.
     bypassed
         Sequences that took the original path without a search: tokens with holes, longer than the store's records, in
-        training, with attention weights asked for, decoding steps, and so on.
+        training, with attention weights asked for, decoding steps, and so on; or because they are unprofitable.
+    unprofitable
+        Those of them whose batch is of a size at which the profile expects the layer to lose time (Eq. 3).
     embed_seconds, search_seconds, fetch_seconds
         Time to make keys, to search them, and to gather records into one tensor.
     attention_seconds
@@ -106,6 +108,7 @@ class LayerCounters:
     lookups: int = 0
     hits: int = 0
     bypassed: int = 0
+    unprofitable: int = 0
     embed_seconds: float = 0.0
     search_seconds: float = 0.0
     fetch_seconds: float = 0.0
@@ -114,13 +117,22 @@ class LayerCounters:
     product_seconds: float = 0.0
     miss_seconds: float = 0.0
 
-    def count(self, *, lookups: int = 0, hits: int = 0, bypassed: int = 0, seconds: Seconds | None = None) -> None:
+    def count(
+        self,
+        *,
+        lookups: int = 0,
+        hits: int = 0,
+        bypassed: int = 0,
+        unprofitable: int = 0,
+        seconds: Seconds | None = None,
+    ) -> None:
         """Add what one call did; safe from several threads."""
         spent = seconds or Seconds()
         with counting():
             self.lookups += lookups
             self.hits += hits
             self.bypassed += bypassed
+            self.unprofitable += unprofitable
             self.embed_seconds += spent.embed
             self.search_seconds += spent.search
             self.fetch_seconds += spent.fetch

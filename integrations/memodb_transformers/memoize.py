@@ -15,10 +15,11 @@ import memodb
 
 from .attention import MemoAttention
 from .card import ModelCard
-from .choices import check_lookup, resolve_thresholds
+from .choices import asked_profiles, check_lookup, resolve_thresholds
 from .embedding import Embedder
 from .forward import Forward, ForwardWatch, Spans
 from .lookup import Found, LayerCounters, Seconds, find, prefetch
+from .performance import ProfileReport
 from .similarity import memoization_rate
 from .sites import ModelSites, find_memoizable, patched
 from .store import MemoStore, open_stores, smallest_fitting
@@ -43,6 +44,9 @@ class Memo:
         ``"layer"`` or ``"sequence"``.
     length_tolerance
         Reuse records of up to so many more tokens.
+    profiles
+        For stores whose layers are to run only where they pay, their profiles: Eq. 3 is evaluated for the size of each
+        batch.
     """
 
     def __init__(
@@ -53,6 +57,7 @@ class Memo:
         *,
         lookup: str = "layer",
         length_tolerance: int = 0,
+        profiles: Mapping[int, ProfileReport] | None = None,
     ) -> None:
         self._sites = sites
         self._stores = dict(sorted(stores.items()))
@@ -60,6 +65,8 @@ class Memo:
         self._memoized = {layer for found in self._thresholds.values() for layer in found}
         self._lookup = lookup
         self._length_tolerance = int(length_tolerance)
+        self._profiles = dict(profiles or {})
+        self._paying: dict[tuple[int, int, int], Thresholds] = {}
         self._watch = ForwardWatch(sites.encoder)
         self._memos: dict[int, MemoAttention] = {}
         self._attached = False
@@ -67,7 +74,7 @@ class Memo:
 
     @property
     def layers(self) -> list[int]:
-        """The memoized layers."""
+        """The memoized layers; with ``layers="profiled"`` those that pay in a batch of some size."""
         return sorted(self._memoized)
 
     def stats(self) -> dict[str, Any]:
@@ -79,8 +86,8 @@ class Memo:
             ``sequences``: sequences seen in inference, without decoding steps; ``memoization_rate``: Eq. 2 of the
             AttMemo paper over all layers of the model; ``target`` and ``lookup``; ``layers``: one dict for each layer
             of the model, with ``layer``, ``memoized``, ``threshold`` (squared L2; a dict by L with length buckets), and
-            all of :class:`LayerCounters`: ``lookups``, ``hits``, ``bypassed``, ``embed_seconds``, ``search_seconds``,
-            ``fetch_seconds``, ``attention_seconds`` and its parts.
+            all of :class:`LayerCounters`: ``lookups``, ``hits``, ``bypassed``, ``unprofitable``, ``embed_seconds``,
+            ``search_seconds``, ``fetch_seconds``, ``attention_seconds`` and its parts.
         """
         layers = []
         for site, counters in zip(self._sites.layers, self._counters, strict=True):
@@ -144,17 +151,23 @@ class Memo:
     def _run(self, layer: int, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run one attention layer."""
         memo = self._memos[layer]
-        store = None if forward.spans is None else self._store_for(forward.spans.padded)
-        thresholds = {} if store is None else self._thresholds[store.padded_length]
+        spans = forward.spans
+        store = None if spans is None else self._store_for(spans.padded)
+        thresholds: Thresholds = {}
+        losing = False
+        if store is not None and spans is not None:
+            thresholds = self._thresholds_for(store, spans)
+            losing = layer not in thresholds and layer in self._thresholds[store.padded_length]
+            if losing:
+                memo.counters.count(bypassed=len(spans), unprofitable=len(spans))
         first = self._lookup == "sequence" and layer == 0 and bool(thresholds)
         if store is not None and layer not in thresholds and not first:
             return memo.original(*args, **kwargs)
         call = memo.site.arguments(args, kwargs)
-        spans = forward.spans
         # The normalised input of the first layer does not tell the scale of embeddings, which later layers depend on.
         unscaled = forward.embedded and self._lookup == "sequence" and self._sites.family.normed
         if store is None or spans is None or unscaled or not memo.can_reuse(call, spans):
-            if layer in self._memoized:
+            if layer in self._memoized and not losing:
                 memo.counters.count(bypassed=_rows(call))
             return memo.original(*args, **kwargs)
         seconds = Seconds()
@@ -199,6 +212,18 @@ class Memo:
             after = min(later)
             prefetch(store.db, forward.found.within(thresholds[after], after).ids)
         return forward.found.within(thresholds[layer], layer) if layer in thresholds else None
+
+    def _thresholds_for(self, store: MemoStore, spans: Spans) -> Thresholds:
+        """Choose the layers of a batch: all, or those that pay at its size, which are worked out once."""
+        thresholds = self._thresholds[store.padded_length]
+        report = self._profiles.get(store.padded_length)
+        if report is None or not len(spans):
+            return thresholds
+        size = (store.padded_length, len(spans), spans.padded)
+        if size not in self._paying:
+            paying = report.paying(thresholds, self._lookup, len(spans), spans.padded)
+            self._paying[size] = {layer: thresholds[layer] for layer in paying}
+        return self._paying[size]
 
     def _store_for(self, padded: int) -> MemoStore | None:
         """Choose the smallest bucket that a batch fits into."""
@@ -246,7 +271,8 @@ def memoize(
     threshold
         Largest squared L2 distance of keys, for all layers, instead of a level.
     layers
-        ``"profiled"``: those where the profile predicts a gain of time (Eq. 3); ``"all"``; or a list of numbers.
+        ``"profiled"``: those where the profile predicts a gain of time (Eq. 3), evaluated for each batch from its size
+        and padded length; ``"all"``; or a list of numbers.
     lookup
         ``"layer"``: each layer embeds its own hidden state and searches (the paper). ``"sequence"``: one embedding and
         one search, at the input of the first layer, serve all layers.
@@ -274,6 +300,13 @@ def memoize(
     with open_stores(path, ModelCard.of(sites), embedder) as stores:
         check_lookup(stores, lookup, length_tolerance)
         thresholds = resolve_thresholds(stores, level, threshold, layers, lookup)
-        memo = Memo(sites, stores, thresholds, lookup=lookup, length_tolerance=length_tolerance)
+        memo = Memo(
+            sites,
+            stores,
+            thresholds,
+            lookup=lookup,
+            length_tolerance=length_tolerance,
+            profiles=asked_profiles(stores, layers),
+        )
         with memo.attached():
             yield memo

@@ -7,24 +7,29 @@ together again. With ``lookup="sequence"`` embedding and search are paid once fo
 
 from __future__ import annotations
 
-import statistics
+import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from itertools import product
 from pathlib import Path
 from typing import Any
 
+from .costs import PARTS, Errors
 from .errors import StoreMismatchError
-from .reports import markdown_table
+from .profile_report import profile_markdown
 from .thresholds import LEVELS, threshold_for
 
 __all__ = ["LayerProfile", "ProfileReport"]
 
 Scores = tuple[float | None, ...]
 
+# A batch so many times larger than those of the profile is the largest that a layer is asked about beforehand.
+_LARGER = 16
+
 
 @dataclass(frozen=True, slots=True)
 class LayerProfile:
-    """One layer's profile. Seconds are per sequence, measured in batches.
+    """One layer's profile. Seconds are per sequence, in batches of ``batch_size`` padded to ``padded_length``.
 
     Attributes
     ----------
@@ -45,6 +50,16 @@ class LayerProfile:
     sequence_distances, sequence_similarities
         The same for ``lookup="sequence"``: the distance of the nearest key at the first layer, and the similarity of
         the record that the sequence found there has in this layer.
+    uncompiled_seconds
+        What a miss costs more than the original attention: 0 unless that was timed compiled, which misses are not.
+    batch_size, padded_length
+        Size of the batches that were timed; a length of 0: not known, so that costs are taken to be the same at all.
+    fixed_seconds
+        By part, seconds of a batch that do not grow with it. The parts are ``attention``, ``lookup``, ``hit``,
+        ``split`` and ``uncompiled``.
+    scaling_error, linear_error
+        By part, relative errors at half the sequences (``batch``) and half the length (``length``) of this scaling, and
+        of the paper's without a fixed part; None where not measured. See :func:`scaling_errors`.
     """
 
     layer: int
@@ -56,6 +71,12 @@ class LayerProfile:
     similarities: Scores
     sequence_distances: Scores = ()
     sequence_similarities: Scores = ()
+    uncompiled_seconds: float = 0.0
+    batch_size: int = 1
+    padded_length: int = 0
+    fixed_seconds: Mapping[str, float] = field(default_factory=dict)
+    scaling_error: Errors = field(default_factory=dict)
+    linear_error: Errors = field(default_factory=dict)
 
     def threshold(self, similarity: float, lookup: str = "layer") -> float | None:
         """Largest distance at which the predicted similarity reaches ``similarity``, or None."""
@@ -68,24 +89,95 @@ class LayerProfile:
             return 0.0
         return sum(d is not None and d <= threshold for d in distances) / len(distances)
 
-    def overhead(self, threshold: float | None, lookup: str = "layer") -> float:
+    def seconds(self, part: str, batch: int | None = None, padded: int | None = None) -> float:
+        """Seconds of a part, per sequence.
+
+        Parameters
+        ----------
+        part
+            ``"attention"``, ``"lookup"``, ``"hit"``, ``"split"`` or ``"uncompiled"``.
+        batch, padded
+            Sequences in the batch and tokens that they are padded to. Default: as measured.
+
+        Raises
+        ------
+        ValueError
+            There is no such part, or a size is below 1.
+        """
+        if part not in PARTS:
+            raise ValueError(f"expected a part out of {', '.join(PARTS)}; found {part!r}")
+        for size in (batch, padded):
+            if size is not None and size < 1:
+                raise ValueError(f"expected a batch of at least 1 sequence and 1 token; found {size}")
+        measured: float = getattr(self, f"{part}_seconds")
+        if part == "split" and batch == 1:
+            return 0.0  # one sequence is a hit or a miss
+        fixed = min(self.fixed_seconds.get(part, 0.0), measured * self.batch_size)
+        share = padded / self.padded_length if padded is not None and self.padded_length else 1.0
+        return fixed / (batch or self.batch_size) + (measured - fixed / self.batch_size) * share
+
+    def overhead(
+        self, threshold: float | None, lookup: str = "layer", batch: int | None = None, padded: int | None = None
+    ) -> float:
         """T_overhead of Eq. 3, seconds a sequence: lookup, remaining cost of the hits, splitting of batches.
 
-        With ``lookup="sequence"`` without the lookup, which all layers share.
+        With ``lookup="sequence"`` without the lookup, which all layers share. ``batch`` and ``padded`` are as for
+        :meth:`benefit`.
+        """
+        return self._overhead(self.alpha(threshold, lookup), lookup, batch, padded)
+
+    def benefit(
+        self, threshold: float | None, lookup: str = "layer", batch: int | None = None, padded: int | None = None
+    ) -> float:
+        """PB of Eq. 3, seconds saved a sequence; negative where memoizing the layer loses time.
+
+        Parameters
+        ----------
+        threshold
+            Largest squared L2 distance at which a record is reused; None: nothing is.
+        lookup
+            ``"layer"`` or ``"sequence"``.
+        batch, padded
+            Sequences in the batch and tokens that they are padded to. Default: as measured.
         """
         alpha = self.alpha(threshold, lookup)
-        split = self.split_seconds if 0.0 < alpha < 1.0 else 0.0
-        return (self.lookup_seconds if lookup == "layer" else 0.0) + alpha * self.hit_seconds + split
+        return alpha * self.seconds("attention", batch, padded) - self._overhead(alpha, lookup, batch, padded)
 
-    def benefit(self, threshold: float | None, lookup: str = "layer") -> float:
-        """PB of Eq. 3, seconds saved a sequence; negative where memoizing the layer loses time."""
-        return self.alpha(threshold, lookup) * self.attention_seconds - self.overhead(threshold, lookup)
+    def _overhead(self, alpha: float, lookup: str, batch: int | None, padded: int | None) -> float:
+        paid = self.seconds("lookup", batch, padded) if lookup == "layer" else 0.0
+        paid += alpha * self.seconds("hit", batch, padded) + (1.0 - alpha) * self.seconds("uncompiled", batch, padded)
+        return paid + (self.seconds("split", batch, padded) if 0.0 < alpha < 1.0 else 0.0)
 
     def scores(self, lookup: str = "layer") -> tuple[Scores, Scores]:
         """Return distances and similarities of a way to look up."""
         if lookup == "layer":
             return self.distances, self.similarities
         return self.sequence_distances, self.sequence_similarities
+
+    @classmethod
+    def from_dict(cls, plain: Mapping[str, Any]) -> LayerProfile:
+        """Read a layer's profile back.
+
+        Raises
+        ------
+        AttributeError, KeyError, TypeError, ValueError, OverflowError
+            It is damaged.
+        """
+        return cls(
+            int(plain["layer"]),
+            _seconds(plain["attention_seconds"]),
+            _seconds(plain["lookup_seconds"]),
+            _seconds(plain["hit_seconds"]),
+            _seconds(plain["split_seconds"]),
+            *_pairs(plain),
+            *_pairs(plain, "sequence_"),
+            uncompiled_seconds=_seconds(plain["uncompiled_seconds"]),
+            batch_size=_size(plain["batch_size"]),
+            padded_length=_size(plain["padded_length"]),
+            fixed_seconds={part: _seconds(plain["fixed_seconds"][part]) for part in PARTS},
+            scaling_error=_errors(plain["scaling_error"]),
+            linear_error=_errors(plain["linear_error"]),
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +196,8 @@ class ProfileReport:
         L of the store's records.
     buckets
         With length buckets, the profile of each store; there are no layers here then.
+    self_hits
+        Sequences that were left out because the store holds them.
     """
 
     layers: tuple[LayerProfile, ...]
@@ -113,6 +207,7 @@ class ProfileReport:
     attention: str
     padded_length: int = 0
     buckets: tuple[ProfileReport, ...] = ()
+    self_hits: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as plain types."""
@@ -125,76 +220,60 @@ class ProfileReport:
         Raises
         ------
         StoreMismatchError
-            The profile is damaged.
+            The profile is damaged, or of an earlier version that measured less.
         """
         try:
-            layers = tuple(
-                LayerProfile(
-                    int(row["layer"]),
-                    float(row["attention_seconds"]),
-                    float(row["lookup_seconds"]),
-                    float(row["hit_seconds"]),
-                    float(row["split_seconds"]),
-                    *_pairs(row),
-                    *_pairs(row, "sequence_"),
-                )
-                for row in plain["layers"]
-            )
-            sequences, batch_size, threads, padded_length = (
-                int(plain[name]) for name in ("sequences", "batch_size", "threads", "padded_length")
+            layers = tuple(LayerProfile.from_dict(row) for row in plain["layers"])
+            sequences, batch_size, threads, padded_length, self_hits = (
+                int(plain[name]) for name in ("sequences", "batch_size", "threads", "padded_length", "self_hits")
             )
             if [row.layer for row in layers] != list(range(len(layers))):
                 raise ValueError(f"layers {[row.layer for row in layers]}")
-            return cls(layers, sequences, batch_size, threads, str(plain["attention"]), padded_length)
+            attention = str(plain["attention"])
         except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
             raise StoreMismatchError(
-                f"the profile of {path} is damaged ({error!r}): profile the store again"
+                f"the profile of {path} is damaged, or older than this version ({error!r}): profile the store again"
             ) from error
+        return cls(layers, sequences, batch_size, threads, attention, padded_length, self_hits=self_hits)
 
     def thresholds(self, level: str, lookup: str = "layer") -> dict[int, float]:
         """Threshold of each layer that reaches the level's similarity at all, squared L2."""
         found = {row.layer: row.threshold(LEVELS[level], lookup) for row in self.layers}
         return {layer: threshold for layer, threshold in found.items() if threshold is not None}
 
-    def paying(self, thresholds: Mapping[int, float], lookup: str = "layer") -> list[int]:
-        """Layers whose benefit (Eq. 3) is positive at the thresholds given.
+    def paying(
+        self,
+        thresholds: Mapping[int, float],
+        lookup: str = "layer",
+        batch: int | None = None,
+        padded: int | None = None,
+    ) -> list[int]:
+        """Layers whose benefit (Eq. 3) is positive at the thresholds given, in a batch of the size given.
 
         With ``lookup="sequence"`` all of them together must also pay for the one lookup.
         """
-        benefits = {row.layer: row.benefit(thresholds.get(row.layer), lookup) for row in self.layers}
+        benefits = {row.layer: row.benefit(thresholds.get(row.layer), lookup, batch, padded) for row in self.layers}
         paying = [layer for layer, benefit in benefits.items() if benefit > 0]
         if lookup == "sequence" and self.layers:
             gained = sum(benefits[layer] for layer in paying)
-            return paying if gained > self.layers[0].lookup_seconds else []
+            return paying if gained > self.layers[0].seconds("lookup", batch, padded) else []
         return paying
 
+    def may_pay(self, thresholds: Mapping[int, float], lookup: str = "layer") -> list[int]:
+        """Layers that :meth:`paying` names at the size measured, or at any up to a batch 16 times larger.
+
+        A benefit is linear in the padded length and in one over the batch size, so it is positive somewhere if it is at
+        one of the ends. One sequence alone, which is never split, is an end of its own.
+        """
+        lengths = (2, self.padded_length) if self.padded_length > 2 else (None,)
+        ends = [(None, None), *product((1, 2, _LARGER * self.batch_size), lengths)]
+        return sorted({layer for batch, padded in ends for layer in self.paying(thresholds, lookup, batch, padded)})
+
     def to_markdown(self) -> str:
-        """Return the report as Markdown: the costs of each layer, and hit rate and benefit of each level."""
+        """Return the report as Markdown: costs, hit rates and benefits, a chart of these, and how well costs scale."""
         if self.buckets:
             return "\n".join(f"L = {bucket.padded_length}\n\n{bucket.to_markdown()}" for bucket in self.buckets)
-        header = ["layer", "attention us", "lookup us", "hit us", "split us", "similarity of nearest"]
-        for level in LEVELS:
-            header += [f"{level} alpha", f"{level} benefit us"]
-        header += ["by sequence: similarity", "moderate alpha", "moderate benefit us"]
-        rows = []
-        for row in self.layers:
-            cells: list[object] = [row.layer]
-            parts = (row.attention_seconds, row.lookup_seconds, row.hit_seconds, row.split_seconds)
-            cells += [1e6 * part for part in parts]
-            cells.append(_mean(row.similarities))
-            for similarity in LEVELS.values():
-                threshold = row.threshold(similarity)
-                cells += [row.alpha(threshold), 1e6 * row.benefit(threshold)]
-            threshold = row.threshold(LEVELS["moderate"], "sequence")
-            cells.append(_mean(row.sequence_similarities))
-            cells += [row.alpha(threshold, "sequence"), 1e6 * row.benefit(threshold, "sequence")]
-            rows.append(cells)
-        note = (
-            f"Per sequence, from {self.sequences} held-out sequences, batches of {self.batch_size}, {self.threads} "
-            f"threads, {self.attention} attention. Benefit is Eq. 3 of the AttMemo paper: above 0 the layer pays. By "
-            'sequence: with lookup="sequence", whose one lookup is not in these benefits.\n'
-        )
-        return markdown_table(header, rows) + "\n" + note
+        return profile_markdown(self)
 
 
 def _pairs(row: Mapping[str, Any], prefix: str = "") -> tuple[Scores, Scores]:
@@ -207,6 +286,22 @@ def _pairs(row: Mapping[str, Any], prefix: str = "") -> tuple[Scores, Scores]:
     return distances, similarities
 
 
-def _mean(scores: Scores) -> float | None:
-    found = [score for score in scores if score is not None]
-    return statistics.fmean(found) if found else None
+def _seconds(value: Any) -> float:
+    seconds = float(value)
+    if not 0.0 <= seconds < math.inf:
+        raise ValueError(f"{seconds} seconds")
+    return seconds
+
+
+def _size(value: Any) -> int:
+    size = int(value)
+    if size < 1:
+        raise ValueError(f"a size of {size}")
+    return size
+
+
+def _errors(plain: Mapping[str, Any]) -> Errors:
+    return {
+        part: {name: None if plain[part][name] is None else _seconds(plain[part][name]) for name in ("batch", "length")}
+        for part in PARTS
+    }

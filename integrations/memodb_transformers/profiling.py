@@ -1,43 +1,50 @@
 """The offline profiler: what a lookup costs, what a hit saves, and how often there would be one, layer by layer.
 
-All parts of Eq. 3 of the AttMemo paper (``performance.py``) are measured by themselves, so that the benefit can be
-predicted for any threshold.
+All parts of Eq. 3 of the AttMemo paper (``performance.py``) are measured by themselves, in batches of several sizes
+(``timing.py``, ``costs.py``), so that the benefit can be predicted for any threshold and batch.
 """
 
 from __future__ import annotations
 
 import os
-import statistics
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from contextlib import ExitStack
-from dataclasses import replace
-from time import perf_counter
+from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from .attention import MemoAttention
-from .capture import Visit, attention_implementation, attention_visits, in_inference, model_inputs
+from .calibration import Calibration
+from .capture import attention_implementation, attention_visits, in_inference, model_inputs
 from .card import ModelCard
+from .costs import Shape, Shapes
 from .embedding import Embedder
 from .errors import InvalidBatchError
-from .forward import Ints, Spans
-from .lookup import Found, find
-from .performance import LayerProfile, ProfileReport, Scores
-from .recorder import batch_shape, canonical, spans_of
+from .forward import Spans
+from .performance import LayerProfile, ProfileReport
+from .recorder import batch_shape, spans_of
 from .reports import hide_bar
-from .similarity import context_similarities, similarity_scores
 from .sites import ModelSites, find_memoizable
 from .store import MemoStore, open_stores, smallest_fitting, write_profile
+from .timing import LayerTimer, cut_batch, reference_shape
 
 __all__ = ["profile", "profile_store"]
 
-_REPEATS = 5
 _TIMED_BATCHES = 4
+
+
+@dataclass(frozen=True, slots=True)
+class _Batch:
+    """A batch that can be profiled."""
+
+    inputs: Mapping[str, Any]
+    spans: Spans
+
+    @property
+    def shape(self) -> Shape:
+        return Shape(len(self.spans), self.spans.padded)
 
 
 def profile(
@@ -46,6 +53,7 @@ def profile(
     path: str | os.PathLike[str],
     *,
     embedder: Embedder | None = None,
+    compiled: bool = False,
     progress: bool | None = None,
 ) -> ProfileReport:
     """Calibrate the thresholds of a memo store and measure which layers pay, on data that is not in it.
@@ -54,15 +62,22 @@ def profile(
     Distances are calibrated with hidden states of the unmemoized model. Once several layers are memoized, those of
     later layers drift a little from these: what a level does to accuracy is for ``evaluate`` to say.
 
+    Sequences that the store holds already find themselves, which tells nothing. They are left out of the calibration
+    and counted as ``self_hits``, and with them those that repeat a stored sequence.
+
     Parameters
     ----------
     model, path
         A model and the store that :func:`build` made of it.
     batches
-        Held-out batches, padded to the store's length at most, of the size that will be used: costs depend on it. With
-        length buckets, each goes to its own.
+        Held-out batches, padded to the store's length at most, of the size that will be used. Costs are measured at the
+        most frequent size, and in batches cut from these: a quarter and half of the sequences, half of the length. With
+        length buckets, each batch goes to its own.
     embedder
         As in :func:`memoize`.
+    compiled
+        Compare with the original attention under ``torch.compile``, which takes a C++ compiler and minutes. A memoized
+        layer cannot be compiled: its misses are expected to run as they are.
     progress
         Progress bars: True, False, or None for where a terminal is.
 
@@ -71,34 +86,37 @@ def profile(
     UnsupportedModelError, StoreMismatchError
         The model is of no supported family, or not the one of the store.
     InvalidBatchError
-        No batch can be used.
+        No batch can be used, or all their sequences are in the store. Of several buckets, one without a sequence of its
+        own keeps the profile that it had.
     """
     sites = find_memoizable(model)
     data = list(batches)
     with open_stores(path, ModelCard.of(sites), embedder) as stores:
-        if len(stores) == 1:
-            return profile_store(model, sites, next(iter(stores.values())), data, progress=progress)
-        shares: dict[int, list[Any]] = {length: [] for length in stores}
-        for batch in data:
-            spans = _spans(batch, max(stores))
-            length = None if spans is None else smallest_fitting(stores, spans.padded)
-            if length is not None:
-                shares[length].append(batch)
-        if not any(shares.values()):
-            raise InvalidBatchError(
-                f"expected batches padded to at most {max(stores)} tokens, as the store's; found none"
-            )
-        parts = [
-            profile_store(model, sites, stores[length], share, progress=progress)
+        shares: dict[int, list[_Batch]] = {length: [] for length in stores}
+        for batch in _usable(data, max(stores)):
+            length = smallest_fitting(stores, batch.spans.padded)
+            assert length is not None
+            shares[length].append(batch)
+        parts = {
+            length: _measure(model, sites, stores[length], share, compiled, progress)
             for length, share in shares.items()
             if share
-        ]
+        }
+        _check_left(parts.values(), path)
+        parts = {length: part for length, part in parts.items() if part.sequences}
+        for length, part in parts.items():
+            write_profile(stores[length].path, part.to_dict())
+        whole = max(stores)
+    first = next(iter(parts.values()))
+    if len(stores) == 1:
+        return first
     return replace(
-        parts[0],
+        first,
         layers=(),
-        sequences=sum(part.sequences for part in parts),
-        padded_length=max(stores),
-        buckets=tuple(parts),
+        sequences=sum(part.sequences for part in parts.values()),
+        self_hits=sum(part.self_hits for part in parts.values()),
+        padded_length=whole,
+        buckets=tuple(parts.values()),
     )
 
 
@@ -111,149 +129,95 @@ def profile_store(
     progress: bool | None = None,
 ) -> ProfileReport:
     """Profile an open store: see :func:`profile`."""
-    usable = [(batch, spans) for batch in batches if (spans := _spans(batch, store.padded_length)) is not None]
-    if not usable:
-        raise InvalidBatchError(
-            f"expected batches padded to at most {store.padded_length} tokens, as the store's; found none"
-        )
-    trials = [_Trial(layer, store) for layer in range(len(sites.layers))]
-    plan = [(True, *pair) for pair in usable] + [(False, *pair) for pair in usable[:_TIMED_BATCHES]]
-    with in_inference(model):
-        for calibrating, batch, spans in tqdm(plan, desc="profiling", unit="batch", disable=hide_bar(progress)):
-            visit = _calibrator(trials, spans) if calibrating else _timer(trials, spans)
-            inputs = model_inputs(batch, model.device)
-            if sites.family.caches:
-                inputs.setdefault("use_cache", False)
-            with ExitStack() as stack:
-                if calibrating:
-                    stack.enter_context(attention_implementation(model, "eager"))
-                asked = calibrating and store.target == "probs"
-                stack.enter_context(attention_visits(sites, visit, probabilities=asked))
-                model(**inputs)
-    report = ProfileReport(
-        layers=tuple(trial.result() for trial in trials),
-        sequences=len(trials[0].layer.distances),
-        batch_size=len(usable[0][1]),
-        threads=torch.get_num_threads(),
-        attention=str(model.config._attn_implementation),
-        padded_length=store.padded_length,
-    )
+    report = _measure(model, sites, store, _usable(batches, store.padded_length), False, progress)
+    _check_left([report], store.path)
     write_profile(store.path, report.to_dict())
     return report
 
 
-def _calibrator(trials: list[_Trial], spans: Spans) -> Callable[[Visit], None]:
-    first: list[Found] = []
-
-    def visit(visit: Visit) -> None:
-        trial = trials[visit.site.layer]
-        found = find(trial.store, visit.site.layer, visit.hidden, spans)
-        if visit.site.layer == 0:
-            first.append(found)
-        trial.calibrate(visit, spans, found, first[0])
-
-    return visit
-
-
-def _timer(trials: list[_Trial], spans: Spans) -> Callable[[Visit], None]:
-    def visit(visit: Visit) -> None:
-        trials[visit.site.layer].time(visit, spans)
-
-    return visit
-
-
-class _Pairs:
-    """Distances of keys and the similarities of what they found."""
-
-    def __init__(self) -> None:
-        self.distances: list[float | None] = []
-        self.similarities: list[float | None] = []
-
-    def add(self, own: Tensor, spans: Spans, found: Found, ids: Ints, store: MemoStore) -> None:
-        """Compare what the layer computed with the record that would be reused, whatever its distance."""
-        rows = np.flatnonzero(ids >= 0)
-        score_of: dict[int, float] = {}
-        if len(rows):
-            records = store.db.multiget_mapped(ids[rows]).torch()
-            lengths = torch.from_numpy(spans.lengths[rows])
-            compare = context_similarities if store.target == "context" else similarity_scores
-            scores = compare(own[torch.from_numpy(rows)], records, lengths)
-            score_of = dict(zip(rows.tolist(), scores.tolist(), strict=True))
-        for row in np.flatnonzero(spans.lengths > 0).tolist():
-            self.distances.append(float(found.distances[row]) if row in score_of else None)
-            self.similarities.append(score_of.get(row))
-
-    def both(self) -> tuple[Scores, Scores]:
-        """Return distances and similarities."""
-        return tuple(self.distances), tuple(self.similarities)
+def _measure(
+    model: PreTrainedModel,
+    sites: ModelSites,
+    store: MemoStore,
+    batches: list[_Batch],
+    compiled: bool,
+    progress: bool | None,
+) -> ProfileReport:
+    """Calibrate with all batches, then time some of them; without a sequence left to go by there are no layers."""
+    calibration = Calibration(store, len(sites.layers))
+    reference = reference_shape([batch.shape for batch in batches])
+    timed = [batch for batch in batches if batch.shape == reference][:_TIMED_BATCHES]
+    shapes = Shapes.of(reference).all
+    timers = [LayerTimer(layer, store, compiled=compiled) for layer in range(len(sites.layers))]
+    total = len(batches) + len(timed) * len(shapes)
+    with in_inference(model), tqdm(total=total, desc="profiling", unit="batch", disable=hide_bar(progress)) as bar:
+        for batch in batches:
+            _run_to_calibrate(model, sites, store, batch, calibration)
+            bar.update()
+        for batch in timed if calibration.sequences else []:
+            for shape in shapes:
+                _run_to_time(model, sites, batch, shape, timers)
+                bar.update()
+    layers = [
+        LayerProfile(layer=layer, **calibration.result(layer), **timer.result(reference))
+        for layer, timer in enumerate(timers if calibration.sequences else [])
+    ]
+    return ProfileReport(
+        layers=tuple(layers),
+        sequences=calibration.sequences,
+        batch_size=reference.rows,
+        threads=torch.get_num_threads(),
+        attention=str(model.config._attn_implementation) + (", compiled" if compiled else ""),
+        padded_length=store.padded_length,
+        self_hits=calibration.self_hits,
+    )
 
 
-class _Trial:
-    """What is measured of one layer."""
-
-    def __init__(self, number: int, store: MemoStore) -> None:
-        self.store = store
-        self.layer, self.sequence = _Pairs(), _Pairs()
-        self._number = number
-        self._times: dict[str, list[float]] = {"attention": [], "lookup": [], "hit": [], "mixed": []}
-
-    def calibrate(self, visit: Visit, spans: Spans, found: Found, first: Found) -> None:
-        """Compare with the record found by the layer itself, and with that of the sequence found at layer 0."""
-        own = canonical(visit, spans, self.store.padded_length, self.store.target).cpu()
-        self.layer.add(own, spans, found, found.ids, self.store)
-        shifted = np.where(first.ids >= 0, first.ids + self._number, -1)
-        self.sequence.add(own, spans, first, shifted, self.store)
-
-    def time(self, visit: Visit, spans: Spans) -> None:
-        """Time the parts of one call, each by itself; called from within the call's own forward."""
-        memo = MemoAttention(visit.site, visit.original)
-        hidden, store = visit.hidden, self.store
-        found = find(store, self._number, hidden, spans)
-        # A row with no neighbour borrows one: only time is measured here.
-        ids = np.where(found.ids >= 0, found.ids, found.ids.max())
-
-        def attend(ids: Ints) -> Callable[[], Any]:
-            chosen = Found(ids, found.distances, spans.lengths, found.searched)
-            return lambda: memo.attend(visit.args, visit.kwargs, visit.call, spans, store, chosen)
-
-        def measure(part: str, call: Callable[[], Any]) -> None:
-            self._times[part].append(_per_row(call, hidden))
-
-        measure("attention", lambda: visit.original(*visit.args, **visit.kwargs))
-        measure("lookup", lambda: find(store, self._number, hidden, spans))
-        if ids.max() >= 0:
-            measure("hit", attend(ids))
-        if ids.max() >= 0 and len(ids) > 1:
-            measure("mixed", attend(np.where(np.arange(len(ids)) % 2 == 0, ids, -1)))
-
-    def result(self) -> LayerProfile:
-        """Return the layer's profile."""
-        median = {part: statistics.median(times) if times else None for part, times in self._times.items()}
-        attention, lookup = median["attention"] or 0.0, median["lookup"] or 0.0
-        # Nothing in the store fits any row: a hit cannot be timed and will not happen.
-        hit = attention if median["hit"] is None else median["hit"]
-        mixed = (attention + hit) / 2 if median["mixed"] is None else median["mixed"]
-        return LayerProfile(
-            self._number,
-            attention,
-            lookup,
-            hit,
-            max(0.0, mixed - (attention + hit) / 2),
-            *self.layer.both(),
-            *self.sequence.both(),
+def _run_to_calibrate(
+    model: PreTrainedModel, sites: ModelSites, store: MemoStore, batch: _Batch, calibration: Calibration
+) -> None:
+    """Run a batch as records are made: with eager attention, asking for probabilities where the store holds them."""
+    with ExitStack() as stack:
+        stack.enter_context(attention_implementation(model, "eager"))
+        stack.enter_context(
+            attention_visits(
+                sites,
+                lambda visit: calibration.visit(visit, batch.spans),
+                probabilities=store.target == "probs",
+            )
         )
+        model(**_inputs(model, sites, batch.inputs))
 
 
-def _per_row(call: Callable[[], Any], hidden: Tensor) -> float:
-    """Least seconds of a call, per row of the batch: whatever else the machine does can only add."""
-    times = []
-    for _ in range(_REPEATS):
-        began = perf_counter()
-        call()
-        if hidden.is_cuda:
-            torch.cuda.synchronize(hidden.device)
-        times.append(perf_counter() - began)
-    return min(times) / len(hidden)
+def _run_to_time(
+    model: PreTrainedModel, sites: ModelSites, batch: _Batch, shape: Shape, timers: list[LayerTimer]
+) -> None:
+    """Run a batch, cut to a size, as the user does."""
+    inputs = cut_batch(batch.inputs, batch.spans, shape)
+    spans, lengths = spans_of(inputs), batch.spans.lengths[: shape.rows]
+    with attention_visits(sites, lambda visit: timers[visit.site.layer].time(visit, spans, lengths)):
+        model(**_inputs(model, sites, inputs))
+
+
+def _inputs(model: PreTrainedModel, sites: ModelSites, batch: Mapping[str, Any]) -> dict[str, Any]:
+    inputs = model_inputs(batch, model.device)
+    if sites.family.caches:
+        inputs.setdefault("use_cache", False)
+    return inputs
+
+
+def _usable(batches: Iterable[Any], longest: int) -> list[_Batch]:
+    """Take the batches that fit.
+
+    Raises
+    ------
+    InvalidBatchError
+        There is none.
+    """
+    found = [_Batch(batch, spans) for batch in batches if (spans := _spans(batch, longest)) is not None]
+    if not found:
+        raise InvalidBatchError(f"expected batches padded to at most {longest} tokens, as the store's; found none")
+    return found
 
 
 def _spans(batch: Mapping[str, Any], longest: int) -> Spans | None:
@@ -263,3 +227,16 @@ def _spans(batch: Mapping[str, Any], longest: int) -> Spans | None:
         return spans_of(batch) if rows and padded <= longest else None
     except InvalidBatchError:
         return None
+
+
+def _check_left(parts: Collection[ProfileReport], path: str | os.PathLike[str]) -> None:
+    """Refuse data of which nothing is left to calibrate with."""
+    left, themselves = (sum(getattr(part, name) for part in parts) for name in ("sequences", "self_hits"))
+    if left:
+        return
+    if themselves:
+        raise InvalidBatchError(
+            f"expected sequences that the store at {path} does not hold; found {themselves}, and all of them are in "
+            "it or repeat one that is: they find themselves, which says nothing of others. Profile on held-out data"
+        )
+    raise InvalidBatchError("expected a sequence whose tokens lie together; found none")

@@ -6,6 +6,7 @@ import operator
 import os
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
@@ -380,7 +381,8 @@ class _Build:
             return None
 
         def measure() -> None:
-            with open_store(self._place, self._card, embedder) as store:
+            # All that were kept out may repeat recorded ones: then there is nothing to calibrate with.
+            with open_store(self._place, self._card, embedder) as store, suppress(InvalidBatchError):
                 profile_store(self._model, self._sites, store, self._share.profiled, progress=self._progress)
 
         self._stage("profile", measure)

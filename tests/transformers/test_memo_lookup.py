@@ -63,13 +63,13 @@ def test_each_layer_is_calibrated_on_the_similarity_of_its_own_record(path: Path
     near = changed(known, 0)
     mt.build(model, [known], path, profile=False)
     report = mt.profile(model, [join(known, near)], path)
+    assert (report.sequences, report.self_hits) == (len(near["input_ids"]), 6)
     layer = report.layers[1]
-    assert layer.sequence_distances[:6] == pytest.approx([0.0] * 6, abs=1e-6)
-    assert layer.sequence_similarities[:6] == pytest.approx([1.0] * 6, abs=1e-4)
     assert report.layers[0].sequence_distances == report.layers[0].distances
     # The first layer's distance, and the similarity that the record of that sequence has in the second.
-    assert layer.sequence_distances[6] == report.layers[0].distances[6] > 1e-3
-    assert 0 < layer.sequence_similarities[6] < 1
+    assert layer.sequence_distances[0] == report.layers[0].distances[0] > 1e-3
+    assert 0 < layer.sequence_similarities[0] < 1
+    assert layer.sequence_similarities[0] != report.layers[0].sequence_similarities[0]
 
 
 def test_each_layer_has_its_own_threshold_on_the_distance_of_the_sequence(path: Path) -> None:

@@ -258,7 +258,7 @@ def test_another_thread_s_forwards_are_neither_recorded_nor_disturbed(path: Path
                 assert len(db) == report.records == 24
                 assert not len(db.ids(namespace="layer=0/len=7"))
         else:
-            assert mt.profile(model, [batch], path).sequences == 3
+            assert mt.profile(model, [tiny_batch(LENGTHS, seed=9)], path).sequences == 3
     finally:
         handle.remove()
         done.append(1)
@@ -304,9 +304,8 @@ def test_parts_that_are_compiled_and_compiling_inside_the_block_are_refused_by_n
 
 
 def test_a_bucket_without_a_profile_memoizes_nothing_and_spoils_nothing(path: Path) -> None:
-    model = tiny_model()
+    model = tiny_model(initializer_range=0.05)  # flat attention: a level can be reached
     few, many = tiny_batch([8] * 4, padded=8), tiny_batch([PADDED] * 20)
-    many["input_ids"][[9, 19]] = many["input_ids"][[8, 18]]
     report = mt.build(model, [few, many], path, buckets=(8, 16))
     assert [bucket.profile is None for bucket in report.buckets] == [True, False]
     with mt.memoize(model, path, layers="all") as memo:
@@ -374,10 +373,13 @@ def test_positions_that_all_sequences_share_are_held_out_with_them(path: Path) -
     model = tiny_model()
     positions = torch.arange(PADDED)[None] + 4
     batch = tiny_batch([8] * 20)
-    batch["input_ids"][9], batch["input_ids"][19] = batch["input_ids"][8], batch["input_ids"][18]
     report = mt.build(model, [{**batch, "position_ids": positions}], path)
     assert report.profile is not None
-    assert report.profile.layers[0].distances == pytest.approx([0.0, 0.0], abs=1e-6)
+    again = mt.profile(model, [{**batch, "position_ids": positions.expand(20, -1)}], path)
+    assert (again.sequences, again.self_hits) == (2, 18)
+    assert report.profile.layers[0].distances == pytest.approx(again.layers[0].distances, rel=1e-4)
+    # At other positions they are other sequences.
+    assert mt.profile(model, [batch], path).self_hits == 0
 
 
 def test_a_configuration_that_returns_attention_weights_is_heeded(path: Path) -> None:

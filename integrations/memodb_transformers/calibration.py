@@ -1,0 +1,131 @@
+"""What distances predict: keys of held-out sequences, what they find, and how similar that is to what was computed.
+
+A sequence that the store holds finds itself, at distance 0 and similarity 1. That says nothing of sequences to come, so
+such self-hits are told and left out. A held-out sequence that merely repeats a stored one looks the same in every way,
+and is left out as well: where repeats are what is served, hits are more frequent than a profile says.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from .capture import Visit
+from .embedding import make_keys
+from .forward import Ints, Spans, roll_front
+from .lookup import Found, find
+from .recorder import canonical
+from .similarity import context_similarities, similarity_scores
+from .store import MemoStore
+
+__all__ = ["Calibration"]
+
+# Squared distance of a key to itself, as a share of its squared length: hidden states of one sequence differ in their
+# last digits from batch to batch. Distances that faiss computes by the norms are coarser than this.
+_SAME_KEY = 1e-9
+# Similarity that a record lacks to itself, beside what its dtype rounds.
+_SAME_RECORD = 1e-3
+
+
+class Calibration:
+    """Distances and similarities of all layers, over batches of held-out sequences.
+
+    Parameters
+    ----------
+    store
+        The memo store.
+    layers
+        How many the model has.
+    """
+
+    def __init__(self, store: MemoStore, layers: int) -> None:
+        self._store = store
+        self._pairs = [_Pairs() for _ in range(layers)]
+        self._by_sequence = [_Pairs() for _ in range(layers)]
+        self._first: Found | None = None
+        self._counted: Ints = np.zeros(0, dtype=np.int64)
+        self.self_hits = 0
+
+    @property
+    def sequences(self) -> int:
+        """Sequences that were counted."""
+        return len(self._pairs[0].distances)
+
+    def visit(self, visit: Visit, spans: Spans) -> None:
+        """Compare with the record found by the layer itself, and with that of the sequence found at the first layer."""
+        store, layer = self._store, visit.site.layer
+        found = find(store, layer, visit.hidden, spans)
+        own = canonical(visit, spans, store.padded_length, store.target).cpu()
+        scores = _similarities(own, spans, found.ids, store)
+        if layer == 0:
+            usable = spans.lengths > 0
+            themselves = self._find_themselves(visit.hidden, spans, found, scores)
+            self._first, self._counted = found, np.flatnonzero(usable & ~themselves)
+            self.self_hits += int(themselves.sum())
+        first = self._first
+        assert first is not None
+        self._pairs[layer].add(self._counted, found.distances, scores)
+        shifted = np.where(first.ids >= 0, first.ids + layer, -1)
+        self._by_sequence[layer].add(self._counted, first.distances, _similarities(own, spans, shifted, store))
+
+    def result(self, layer: int) -> dict[str, Any]:
+        """Return what :class:`LayerProfile` says of distances, by the names of its fields."""
+        own, sequence = self._pairs[layer], self._by_sequence[layer]
+        return {
+            "distances": tuple(own.distances),
+            "similarities": tuple(own.similarities),
+            "sequence_distances": tuple(sequence.distances),
+            "sequence_similarities": tuple(sequence.similarities),
+        }
+
+    def _find_themselves(
+        self, hidden: Tensor, spans: Spans, found: Found, scores: NDArray[np.float64]
+    ) -> NDArray[np.bool_]:
+        """Tell which rows found their own record at the first layer: bool ``[n]``.
+
+        There a hidden state depends on the sequence alone. An embedder may give different sequences one key, so the
+        record has to be the same, too.
+        """
+        themselves = np.zeros(len(spans), dtype=np.bool_)
+        rows = np.flatnonzero(found.ids >= 0)
+        if not len(rows):
+            return themselves
+        store = self._store
+        keys = make_keys(store.embedder, 0, roll_front(hidden, spans.starts), torch.from_numpy(spans.lengths))
+        own = keys[rows].astype(np.float64)
+        apart = ((own - store.db.keys(found.ids[rows])) ** 2).sum(axis=1)
+        rounded = max(4 * torch.finfo(hidden.dtype).eps, torch.finfo(getattr(torch, store.store_dtype)).eps)
+        similar = scores[rows] >= 1.0 - max(_SAME_RECORD, rounded)
+        themselves[rows] = (apart <= _SAME_KEY * (own**2).sum(axis=1)) & similar
+        return themselves
+
+
+class _Pairs:
+    """Distances of keys and the similarities of what they found; None where nothing was found."""
+
+    def __init__(self) -> None:
+        self.distances: list[float | None] = []
+        self.similarities: list[float | None] = []
+
+    def add(self, rows: Ints, distances: NDArray[np.float32], scores: NDArray[np.float64]) -> None:
+        """Add some rows of a batch."""
+        for row in rows.tolist():
+            known = not np.isnan(scores[row])
+            self.distances.append(float(distances[row]) if known else None)
+            self.similarities.append(float(scores[row]) if known else None)
+
+
+def _similarities(own: Tensor, spans: Spans, ids: Ints, store: MemoStore) -> NDArray[np.float64]:
+    """Compare what a layer computed with the records that would be reused: ``[n]``, NaN where there is none."""
+    scores = np.full(len(ids), np.nan)
+    rows = np.flatnonzero(ids >= 0)
+    if len(rows):
+        compare = context_similarities if store.target == "context" else similarity_scores
+        records = store.db.multiget_mapped(ids[rows]).torch()
+        lengths = torch.from_numpy(spans.lengths[rows])
+        scores[rows] = compare(own[torch.from_numpy(rows)], records, lengths).double().numpy()
+    return scores
