@@ -111,8 +111,8 @@ def random(seed: int) -> Pick:
         for row in np.flatnonzero(found.ids >= 0).tolist():
             ids = store.db.ids(namespace(layer, int(found.lengths[row])))
             count = sum(int(rank.ids[row] >= 0) for rank in ranks)
-            order = np.random.default_rng([seed, batch, layer, row]).permutation(len(ids))
-            chosen[:count, row] = ids[order[:count]]
+            order = np.random.default_rng([seed, batch, layer, row]).choice(len(ids), size=count, replace=False)
+            chosen[:count, row] = ids[order]
         first, *others = (replace(rank, ids=ids) for rank, ids in zip(ranks, chosen, strict=True))
         return store, replace(first, farther=tuple(others))
 
