@@ -61,6 +61,8 @@ class Found:
     @property
     def candidates(self) -> Ints:
         """Ids of all records to gather, those of one sequence side by side: int64 ``[n * neighbours]``, -1 for none."""
+        if not self.farther:
+            return self.ids
         return np.stack([self.ids, *(other.ids for other in self.farther)], axis=1).ravel()
 
     def within(self, threshold: float, shift: int = 0) -> Found:

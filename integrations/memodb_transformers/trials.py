@@ -135,6 +135,7 @@ def run_trials(
                     output = model(**inputs)
                 plain = output if plain is None else plain
                 trial.outcomes.append(compare_outputs(output, plain, inputs, labels, next_tokens=next_tokens))
+                del output  # before the next one is made: logits of a vocabulary are large
                 if similarity and trial.memo is not None and trial.timed and trial.kind != "oracle":
                     _look(model, trial, inputs, similarity)
                 bar.update()
