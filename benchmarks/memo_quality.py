@@ -50,7 +50,16 @@ def measure(root: Path, name: str, recorded: int, tried: int, repeats: int) -> l
         with scratch() as place:
             mt.build(model, known, place / "store", target=target, store_dtype=store_dtype)
             for lookup in ("layer", "sequence"):
-                report = mt.evaluate(model, new, place / "store", layers="all", lookup=lookup, repeats=repeats)
+                report = mt.evaluate(
+                    model,
+                    new,
+                    place / "store",
+                    kinds=("plain", "nearest"),
+                    layers="all",
+                    lookup=lookup,
+                    similarity=False,
+                    repeats=repeats,
+                )
                 for row in report.rows:
                     if row["level"] is not None or not rows:
                         rows.append(

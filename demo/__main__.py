@@ -72,8 +72,9 @@ def _run(arguments: argparse.Namespace, folder: Path) -> Any:
     _say(f"Running {len(held_out):,} held-out sequences with and without memoization ...")
     batches = to_batches(tokenizer, *zip(*held_out, strict=True), padded_length=length, batch_size=size)
     repeats = 1 if arguments.quick else arguments.repeats
-    all_layers = mt.evaluate(model, batches, store, layers="all", repeats=repeats, progress=progress)
-    profiled = mt.evaluate(model, batches, store, repeats=repeats, levels=["moderate"], progress=progress)
+    settings = {"kinds": ("plain", "nearest"), "similarity": False, "repeats": repeats, "progress": progress}
+    all_layers = mt.evaluate(model, batches, store, layers="all", **settings)
+    profiled = mt.evaluate(model, batches, store, levels=["moderate"], **settings)
     chosen = {
         level: [row["layer"] for row in stats["layers"] if row["lookups"]] for level, stats in profiled.stats.items()
     }

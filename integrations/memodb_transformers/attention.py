@@ -10,12 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-import memodb
-
 from .caches import ScratchCache, is_empty
 from .errors import GradientUnavailableError
 from .forward import Ints, Spans, present, roll_back, roll_front
-from .lookup import Found, LayerCounters, Seconds, fetch
+from .lookup import Found, LayerCounters, Seconds, gather
 from .product import weighted_values
 from .sites import AttentionSite
 from .store import MemoStore
@@ -109,15 +107,15 @@ class MemoAttention:
         """
         seconds = seconds or Seconds()
         began = perf_counter()
-        batch, ids = fetch(store.db, found.ids)
+        records, ids = gather(store.db, found)
         seconds.fetch += perf_counter() - began
         hits = np.flatnonzero(ids >= 0)
-        if batch is None:
+        if records is None:
             began = perf_counter()
             output = self.original(*args, **kwargs)
             seconds.misses += perf_counter() - began
         else:
-            output = self._merge(call, spans, store, batch, found, hits, seconds), None
+            output = self._merge(call, spans, store, records, found, hits, seconds), None
         self.counters.count(hits=len(hits), seconds=seconds)
         return output
 
@@ -130,7 +128,7 @@ class MemoAttention:
         call: Mapping[str, Any],
         spans: Spans,
         store: MemoStore,
-        batch: memodb.MappedBatch,
+        records: Tensor,
         found: Found,
         hits: Ints,
         seconds: Seconds,
@@ -139,7 +137,7 @@ class MemoAttention:
         cache = call.get(_CACHE)
         began, spent = perf_counter(), seconds.accounted
         if len(hits) == len(spans):
-            output, keys, values = self._reuse(call, spans, store, batch, found.lengths, seconds)
+            output, keys, values = self._reuse(call, spans, store, records, found.lengths, seconds)
         else:
             hidden: Tensor = call["hidden_states"]
             n = len(spans)
@@ -152,7 +150,7 @@ class MemoAttention:
             missed = self.original(**sub)[0]
             seconds.misses += perf_counter() - started
             part = self._take(call, hits, n)
-            reused, keys, values = self._reuse(part, spans.take(hits), store, batch, found.lengths[hits], seconds)
+            reused, keys, values = self._reuse(part, spans.take(hits), store, records, found.lengths[hits], seconds)
             rows = torch.from_numpy(np.concatenate([misses, hits]).argsort()).to(hidden.device)
             output = torch.cat([missed, reused.to(missed.dtype)])[rows]
             if scratch is not None:
@@ -171,7 +169,7 @@ class MemoAttention:
         call: Mapping[str, Any],
         spans: Spans,
         store: MemoStore,
-        batch: memodb.MappedBatch,
+        records: Tensor,
         lengths: Ints,
         seconds: Seconds,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -183,7 +181,7 @@ class MemoAttention:
             keys = self.site.keys(hidden, call) if caching else None
             value = self.site.values(hidden) if caching or store.target == "probs" else None
             projected = perf_counter()
-            records = batch.torch().to(hidden.device)
+            records = records.to(hidden.device)
             if store.target == "context":
                 context = records[:, : spans.padded].to(hidden.dtype).contiguous()
             else:

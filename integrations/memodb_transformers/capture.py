@@ -16,7 +16,7 @@ from .errors import InvalidBatchError
 from .forward import ForwardWatch
 from .sites import AttentionSite, ModelSites, patched
 
-__all__ = ["Visit", "attention_implementation", "attention_visits", "in_inference", "model_inputs"]
+__all__ = ["Visit", "attention_implementation", "attention_visits", "in_inference", "model_inputs", "observe"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,6 +128,27 @@ def attention_visits(
 
     with patched(sites, stand_in):
         yield
+
+
+def observe(
+    site: AttentionSite, original: Callable[..., Any], call: Mapping[str, Any], *, probabilities: bool = False
+) -> Visit:
+    """Let an attention layer compute, for nothing but to look at what it does: no cache is filled.
+
+    Parameters
+    ----------
+    site, original, call
+        The layer, the module's own forward, and what it is called with by name.
+    probabilities
+        As for :func:`attention_visits`.
+    """
+    given = {**call, "past_key_values": None} if "past_key_values" in call else dict(call)
+    if probabilities and site.family.asks_for_probabilities:
+        given["output_attentions"] = True
+    with _context_of(site) as contexts:
+        output = original(**given)
+    context = contexts[0] if contexts else output[0]
+    return Visit(site, original, (), given, given, output[1], context)
 
 
 @contextmanager

@@ -13,10 +13,13 @@ from .store import MemoStore, read_tuned
 from .thresholds import LEVELS, TUNED
 from .tune_report import TuneReport
 
-__all__ = ["asked_profiles", "check_lookup", "resolve_thresholds"]
+__all__ = ["Level", "asked_profiles", "check_lookup", "resolve_thresholds"]
+
+# A name out of LEVELS, "tuned", or the similarity itself.
+Level = str | float
 
 
-def check_lookup(stores: Mapping[int, MemoStore], lookup: str, length_tolerance: int) -> None:
+def check_lookup(stores: Mapping[int, MemoStore], lookup: str, length_tolerance: int, neighbours: int = 1) -> None:
     """Refuse a way to look up that there is not, or that the stores cannot serve; see :func:`memoize`."""
     if lookup not in LOOKUPS:
         raise ValueError(f"expected lookup to be one of {', '.join(LOOKUPS)}; found {lookup!r}")
@@ -28,11 +31,24 @@ def check_lookup(stores: Mapping[int, MemoStore], lookup: str, length_tolerance:
             f"the store at {contexts[0]} holds contexts, which cannot be cut to another length: expected "
             f"length_tolerance=0, found {length_tolerance}"
         )
+    if not _is_whole(neighbours) or neighbours < 1:
+        raise ValueError(f"expected neighbours to be a number of records, at least 1; found {neighbours!r}")
+    if neighbours > 1 and length_tolerance:
+        raise ValueError(
+            f"expected neighbours=1 with length_tolerance={length_tolerance}; found {neighbours}: records of different "
+            "lengths are cut and scaled each by itself, so there is no one mean of them. Choose one of the two"
+        )
+    by_layer = [store.path for store in stores.values() if store.condensed and store.condensed.by == "layer"]
+    if lookup == "sequence" and by_layer:
+        raise StoreMismatchError(
+            f"the store at {by_layer[0]} was condensed by layer: what is found at the first layer tells nothing of "
+            "the others. Use lookup='layer', or condense again with by='sequence'"
+        )
 
 
 def resolve_thresholds(
     stores: Mapping[int, MemoStore],
-    level: str,
+    level: Level,
     threshold: float | None,
     layers: str | Sequence[int],
     lookup: str = "layer",
@@ -42,10 +58,12 @@ def resolve_thresholds(
     With ``layers="profiled"`` these are the layers that pay in a batch of some size: which of them do in the batch at
     hand is decided when it comes, by :func:`asked_profiles`.
     """
-    if not isinstance(level, str) or level not in (*LEVELS, TUNED):
-        raise ValueError(f"expected level to be one of {', '.join((*LEVELS, TUNED))}; found {level!r}")
-    number = isinstance(threshold, float | np.floating) or _is_whole(threshold)
-    if threshold is not None and not (number and threshold >= 0):
+    names = (*LEVELS, TUNED)
+    if not (level in names if isinstance(level, str) else _is_number(level) and 0 <= level <= 1):
+        raise ValueError(
+            f"expected level to be one of {', '.join(names)}, or a similarity from 0 to 1; found {level!r}"
+        )
+    if threshold is not None and not (_is_number(threshold) and threshold >= 0):
         raise ValueError(f"expected threshold to be a squared distance of at least 0; found {threshold!r}")
     first = next(iter(stores.values()))
     wanted = _wanted(layers, first.card.layers)
@@ -100,7 +118,7 @@ def _profiles(stores: Mapping[int, MemoStore]) -> dict[int, ProfileReport]:
 
 def _thresholds(
     report: ProfileReport | None,
-    level: str,
+    level: Level,
     threshold: float | None,
     layers: str | Sequence[int],
     wanted: list[int],
@@ -128,6 +146,10 @@ def _wanted(layers: str | Sequence[int], count: int) -> list[int]:
     if not all(_is_whole(layer) and 0 <= layer < count for layer in wanted):
         raise ValueError(f"expected layers numbered 0 to {count - 1}; found {list(layers)}")
     return sorted(map(int, wanted))
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, float | np.floating) or _is_whole(value)
 
 
 def _is_whole(value: object) -> bool:

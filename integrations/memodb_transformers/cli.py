@@ -64,13 +64,26 @@ def _evaluate(arguments: argparse.Namespace) -> Any:
         model,
         batches,
         arguments.store,
-        levels=arguments.levels.split(","),
+        levels=[_level(level) for level in arguments.levels.split(",")],
+        kinds=None if arguments.kinds is None else arguments.kinds.split(","),
+        condensed=arguments.condensed,
         layers=layers,
         lookup=arguments.lookup,
         length_tolerance=arguments.length_tolerance,
+        neighbours=arguments.neighbours,
+        similarity=not arguments.no_similarity,
+        seed=arguments.seed,
         repeats=arguments.repeats,
         progress=arguments.progress,
     )
+
+
+def _level(text: str) -> str | float:
+    """Take a level for a similarity where it is a number; what is neither will be refused by name."""
+    try:
+        return float(text)
+    except ValueError:
+        return text
 
 
 def _numbers(option: str, text: str) -> list[int]:
@@ -169,13 +182,26 @@ def _parser() -> argparse.ArgumentParser:
     profile.set_defaults(run=_profile)
 
     evaluate = commands.add_parser("evaluate", parents=[common], help="compare with and without memoization")
-    evaluate.add_argument("--levels", default="conservative,moderate,aggressive", help="comma-separated levels")
+    evaluate.add_argument(
+        "--levels",
+        default="conservative,moderate,aggressive",
+        help="comma-separated levels, or similarities such as 0.85",
+    )
+    evaluate.add_argument(
+        "--kinds", metavar="KIND,KIND", help="plain, random, mean, nearest, condensed, oracle (default: all but oracle)"
+    )
+    evaluate.add_argument("--condensed", metavar="PATH", help="a condensed store of the same model, profiled")
+    evaluate.add_argument(
+        "--neighbours", type=_count, default=1, metavar="N", help="reuse the mean of the N nearest records (default 1)"
+    )
     evaluate.add_argument("--layers", default="profiled", help="profiled, all, or numbers such as 0,3,5")
     evaluate.add_argument("--lookup", default="layer", help="layer: each searches (default); sequence: one for all")
     evaluate.add_argument(
         "--length-tolerance", type=int, default=0, metavar="N", help="reuse records of up to N more tokens (default 0)"
     )
     evaluate.add_argument("--repeats", type=int, default=3, help="timed passes of each row (default 3)")
+    evaluate.add_argument("--no-similarity", action="store_true", help="do not measure how similar reused records are")
+    evaluate.add_argument("--seed", type=int, default=0, help="seed of random records and of the bootstrap (default 0)")
     evaluate.set_defaults(run=_evaluate)
     return parser
 

@@ -8,7 +8,7 @@ it); as the records of one sequence have consecutive ids, the record found tells
 from __future__ import annotations
 
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from time import perf_counter
 
 import numpy as np
@@ -23,7 +23,7 @@ from .embedding import make_keys, usable_keys
 from .forward import Ints, Spans, roll_front
 from .store import MemoStore
 
-__all__ = ["LOOKUPS", "Found", "LayerCounters", "Seconds", "fetch", "find", "namespace", "prefetch"]
+__all__ = ["LOOKUPS", "Found", "LayerCounters", "Seconds", "fetch", "find", "gather", "namespace", "prefetch"]
 
 LOOKUPS = ("layer", "sequence")
 
@@ -47,17 +47,28 @@ class Found:
         Valid lengths of the records found, int64 ``[n]``; those of the sequences where nothing was found.
     searched
         Sequences that were searched for: those with tokens in one stretch and a finite hidden state.
+    farther
+        With ``neighbours`` above 1, the second nearest of each sequence, the third, and so on: a hit reuses the mean
+        of the nearest and of these.
     """
 
     ids: Ints
     distances: NDArray[np.float32]
     lengths: Ints
     searched: int
+    farther: tuple[Found, ...] = ()
+
+    @property
+    def candidates(self) -> Ints:
+        """Ids of all records to gather, those of one sequence side by side: int64 ``[n * neighbours]``, -1 for none."""
+        if not self.farther:
+            return self.ids
+        return np.stack([self.ids, *(other.ids for other in self.farther)], axis=1).ravel()
 
     def within(self, threshold: float, shift: int = 0) -> Found:
         """Keep what is within a threshold, of the layer ``shift`` layers further on."""
         ids = np.where((self.ids >= 0) & (self.distances <= threshold), self.ids + shift, -1)
-        return Found(ids, self.distances, self.lengths, self.searched)
+        return replace(self, ids=ids, farther=tuple(other.within(threshold, shift) for other in self.farther))
 
 
 @dataclass
@@ -161,6 +172,7 @@ def find(
     *,
     max_distance: float | None = None,
     length_tolerance: int = 0,
+    neighbours: int = 1,
     seconds: Seconds | None = None,
 ) -> Found:
     """Search one layer's records for each row of a batch.
@@ -177,6 +189,8 @@ def find(
         Largest squared L2 distance of keys.
     length_tolerance
         Search records of up to so many more tokens as well.
+    neighbours
+        Records to find of each sequence, nearest first; above 1, all are of the sequence's own length.
     seconds
         Takes the times of embedding and search.
     """
@@ -184,6 +198,7 @@ def find(
     ids = np.full(len(spans), -1, dtype=np.int64)
     distances = np.full(len(spans), np.inf, dtype=np.float32)
     lengths = spans.lengths.copy()
+    farther = [(np.full_like(ids, -1), np.full_like(distances, np.inf)) for _ in range(1, neighbours)]
     keys = make_keys(store.embedder, layer, roll_front(hidden, spans.starts), torch.from_numpy(spans.lengths))
     # A hidden state that is NaN, infinite or near it is the model's affair: it passes as without memoization.
     rows = np.flatnonzero((spans.lengths > 0) & usable_keys(keys))
@@ -193,15 +208,47 @@ def find(
         # Shorter records say nothing of the tokens beyond their own: only longer ones can be cut to fit.
         wanted = np.minimum(spans.lengths[rows, None] + np.arange(steps), store.padded_length)  # [rows, steps]
         names = [namespace(layer, length) for length in wanted.ravel().tolist()]
-        result = store.db.search(keys[rows].repeat(steps, axis=0), 1, namespace=names, max_distance=max_distance)
-        best = result.distances.reshape(len(rows), steps).argmin(axis=1)[:, None]
-        distances[rows] = np.take_along_axis(result.distances.reshape(len(rows), steps), best, axis=1)[:, 0]
-        ids[rows] = np.take_along_axis(result.ids.reshape(len(rows), steps), best, axis=1)[:, 0]
+        result = store.db.search(
+            keys[rows].repeat(steps, axis=0), neighbours, namespace=names, max_distance=max_distance
+        )
+        near = result.distances[:, 0].reshape(len(rows), steps)
+        best = near.argmin(axis=1)[:, None]
+        distances[rows] = np.take_along_axis(near, best, axis=1)[:, 0]
+        ids[rows] = np.take_along_axis(result.ids[:, 0].reshape(len(rows), steps), best, axis=1)[:, 0]
         lengths[rows] = np.take_along_axis(wanted, best, axis=1)[:, 0]
+        for rank, (more, apart) in enumerate(farther, start=1):
+            more[rows], apart[rows] = result.ids[:, rank], result.distances[:, rank]
     if seconds is not None:
         seconds.embed += embedded - began
         seconds.search += perf_counter() - embedded
-    return Found(ids, distances, lengths, len(rows))
+    others = tuple(Found(more, apart, lengths, len(rows)) for more, apart in farther)
+    return Found(ids, distances, lengths, len(rows), others)
+
+
+def gather(db: memodb.MemoDB, found: Found) -> tuple[Tensor | None, Ints]:
+    """Gather what the hits reuse: the pages of the store themselves, or the means of several neighbours.
+
+    Returns
+    -------
+    records
+        ``[hits, *shape]``: mapped, in the dtype of the store, where each hit has one record; else means in float32,
+        made anew. None: no hit is left.
+    ids
+        int64 ``[n]``; -1 where there is no hit, which is also where all that was found was deleted since.
+    """
+    if not found.farther:
+        batch, ids = fetch(db, found.ids)
+        return (None if batch is None else batch.torch()), ids
+    batch, candidates = fetch(db, found.candidates)
+    counts = (candidates >= 0).reshape(len(found.ids), -1).sum(axis=1)
+    ids = np.where(counts > 0, found.ids, -1)
+    if batch is None:
+        return None, ids
+    records, rows = batch.torch(), counts[counts > 0]
+    means = torch.empty((len(rows), *records.shape[1:]), dtype=torch.float32)
+    for row, (count, end) in enumerate(zip(rows.tolist(), rows.cumsum().tolist(), strict=True)):
+        means[row] = records[end - count : end].float().mean(dim=0)
+    return means, ids
 
 
 def fetch(db: memodb.MemoDB, ids: Ints) -> tuple[memodb.MappedBatch | None, Ints]:

@@ -15,7 +15,7 @@ import memodb
 
 from .attention import MemoAttention
 from .card import ModelCard
-from .choices import asked_profiles, check_lookup, resolve_thresholds
+from .choices import Level, asked_profiles, check_lookup, resolve_thresholds
 from .embedding import Embedder
 from .forward import Forward, ForwardWatch, Spans
 from .lookup import Found, LayerCounters, Seconds, find, prefetch
@@ -24,9 +24,11 @@ from .similarity import memoization_rate
 from .sites import ModelSites, find_memoizable, patched
 from .store import MemoStore, open_stores, smallest_fitting
 
-__all__ = ["Memo", "memoize"]
+__all__ = ["Memo", "Replace", "memoize"]
 
 Thresholds = dict[int, float]
+# Exchanges what was found for what shall be reused: (attention, call, spans, store, found) -> (store, found).
+Replace = Callable[[MemoAttention, Mapping[str, Any], Spans, MemoStore, Found], tuple[MemoStore, Found]]
 
 
 class Memo:
@@ -47,6 +49,11 @@ class Memo:
     profiles
         For stores whose layers are to run only where they pay, their profiles: Eq. 3 is evaluated for the size of each
         batch.
+    neighbours
+        Average so many of the nearest records.
+    replace
+        Called after each search of a layer; what it returns is reused instead of what was found. Evaluation compares
+        with other records so; it may be set and changed later.
     """
 
     def __init__(
@@ -58,7 +65,10 @@ class Memo:
         lookup: str = "layer",
         length_tolerance: int = 0,
         profiles: Mapping[int, ProfileReport] | None = None,
+        neighbours: int = 1,
+        replace: Replace | None = None,
     ) -> None:
+        self.replace = replace
         self._sites = sites
         self._stores = dict(sorted(stores.items()))
         self._thresholds = {length: dict(found) for length, found in thresholds.items()}
@@ -67,6 +77,7 @@ class Memo:
         self._length_tolerance = int(length_tolerance)
         self._profiles = dict(profiles or {})
         self._paying: dict[tuple[int, int, int], Thresholds] = {}
+        self._neighbours = int(neighbours)
         self._watch = ForwardWatch(sites.encoder)
         self._memos: dict[int, MemoAttention] = {}
         self._attached = False
@@ -179,6 +190,8 @@ class Memo:
             memo.counters.count(seconds=seconds, bypassed=len(spans) if layer in thresholds else 0)
             return memo.original(*args, **kwargs)
         memo.counters.count(lookups=found.searched, bypassed=len(spans) - found.searched)
+        if self.replace is not None:
+            store, found = self.replace(memo, call, spans, store, found)
         return memo.attend(args, kwargs, call, spans, store, found, seconds=seconds)
 
     def _find(
@@ -192,25 +205,30 @@ class Memo:
         seconds: Seconds,
     ) -> Found | None:
         """Find a layer's records within its threshold; None: it has nothing to look for."""
-        tolerance = self._length_tolerance
-        if self._lookup == "layer":
-            threshold = thresholds[layer]
-            found = find(
-                store, layer, hidden, spans, max_distance=threshold, length_tolerance=tolerance, seconds=seconds
+
+        def search(within: float) -> Found:
+            return find(
+                store,
+                layer,
+                hidden,
+                spans,
+                max_distance=within,
+                length_tolerance=self._length_tolerance,
+                neighbours=self._neighbours,
+                seconds=seconds,
             )
-            return found
+
+        if self._lookup == "layer":
+            return search(thresholds[layer])
         if layer == 0:
             # The widest threshold decides what is looked for; each layer's own, what is used.
-            widest = max(thresholds.values())
-            forward.found = find(
-                store, 0, hidden, spans, max_distance=widest, length_tolerance=tolerance, seconds=seconds
-            )
+            forward.found = search(max(thresholds.values()))
         if forward.found is None:
             return None
         later = [other for other in thresholds if other > layer]
         if later:
             after = min(later)
-            prefetch(store.db, forward.found.within(thresholds[after], after).ids)
+            prefetch(store.db, forward.found.within(thresholds[after], after).candidates)
         return forward.found.within(thresholds[layer], layer) if layer in thresholds else None
 
     def _thresholds_for(self, store: MemoStore, spans: Spans) -> Thresholds:
@@ -241,11 +259,12 @@ def memoize(
     model: PreTrainedModel,
     path: str | os.PathLike[str],
     *,
-    level: str = "moderate",
+    level: Level = "moderate",
     threshold: float | None = None,
     layers: str | Sequence[int] = "profiled",
     lookup: str = "layer",
     length_tolerance: int = 0,
+    neighbours: int = 1,
     embedder: Embedder | None = None,
 ) -> Iterator[Memo]:
     """Let a model reuse stored attention for the length of a block.
@@ -267,7 +286,7 @@ def memoize(
         The memo store.
     level
         ``"conservative"``, ``"moderate"`` or ``"aggressive"``: reuse where a similarity (Eq. 1) of at least 0.9, 0.8
-        or 0.75 is predicted.
+        or 0.75 is predicted; or that similarity itself, a number from 0 to 1.
     threshold
         Largest squared L2 distance of keys, for all layers, instead of a level.
     layers
@@ -278,6 +297,10 @@ def memoize(
         one search, at the input of the first layer, serve all layers.
     length_tolerance
         Reuse records of up to so many more tokens: columns beyond the length are cut, rows sum to 1 again.
+    neighbours
+        Reuse the mean of the nearest so many records, as far as they are within the threshold; whether a sequence is a
+        hit is for the nearest to say. The mean is made anew for each batch, in float32. Not together with
+        ``length_tolerance``.
     embedder
         Only for a store that was built with an embedder of the caller's own: that embedder.
 
@@ -294,11 +317,11 @@ def memoize(
     MemoizationActiveError
         The model is memoized already.
     ValueError
-        ``level``, ``threshold``, ``layers``, ``lookup`` or ``length_tolerance`` cannot be used.
+        ``level``, ``threshold``, ``layers``, ``lookup``, ``length_tolerance`` or ``neighbours`` cannot be used.
     """
     sites = find_memoizable(model)
     with open_stores(path, ModelCard.of(sites), embedder) as stores:
-        check_lookup(stores, lookup, length_tolerance)
+        check_lookup(stores, lookup, length_tolerance, neighbours)
         thresholds = resolve_thresholds(stores, level, threshold, layers, lookup)
         memo = Memo(
             sites,
@@ -306,6 +329,7 @@ def memoize(
             thresholds,
             lookup=lookup,
             length_tolerance=length_tolerance,
+            neighbours=neighbours,
             profiles=asked_profiles(stores, layers),
         )
         with memo.attached():

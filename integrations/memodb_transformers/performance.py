@@ -236,9 +236,10 @@ class ProfileReport:
             ) from error
         return cls(layers, sequences, batch_size, threads, attention, padded_length, self_hits=self_hits)
 
-    def thresholds(self, level: str, lookup: str = "layer") -> dict[int, float]:
+    def thresholds(self, level: str | float, lookup: str = "layer") -> dict[int, float]:
         """Threshold of each layer that reaches the level's similarity at all, squared L2."""
-        found = {row.layer: row.threshold(LEVELS[level], lookup) for row in self.layers}
+        similarity = LEVELS[level] if isinstance(level, str) else float(level)
+        found = {row.layer: row.threshold(similarity, lookup) for row in self.layers}
         return {layer: threshold for layer, threshold in found.items() if threshold is not None}
 
     def paying(

@@ -148,18 +148,24 @@ def context_matrix(a: Tensor, b: Tensor) -> Floats:
 
 
 def best_records(
-    own: Tensor, blocks: Iterable[tuple[NDArray[np.int64], Tensor]], length: int | None = None
+    own: Tensor,
+    blocks: Iterable[tuple[NDArray[np.int64], Tensor]],
+    length: int | None = None,
+    *,
+    contexts: bool = False,
 ) -> tuple[NDArray[np.int64], Floats]:
     """Find the most similar of all stored records by comparing with each: the oracle that no search can beat.
 
     Parameters
     ----------
     own
-        What was computed, ``[m, heads, L, L]``.
+        What was computed, ``[m, heads, L, L]``, or contexts ``[m, L, heads * head_dim]``.
     blocks
-        Ids int64 ``[b]`` and records ``[b, heads, L, L]``, block by block.
+        Ids int64 ``[b]`` and records of the same shape, block by block.
     length
         Valid length of all of them.
+    contexts
+        Whether they are contexts, which have a measure of their own.
 
     Returns
     -------
@@ -168,7 +174,10 @@ def best_records(
     """
     ids, best = np.full(len(own), -1, dtype=np.int64), np.zeros(len(own), dtype=np.float32)
     for numbers, records in blocks:
-        found = similarity_matrix(own, records, length)
+        if contexts:
+            found = context_matrix(own[:, :length], records[:, :length])
+        else:
+            found = similarity_matrix(own, records, length)
         column = found.argmax(axis=1)
         score = found[np.arange(len(own)), column]
         better = (score > best) | (ids < 0)

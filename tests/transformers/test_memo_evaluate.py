@@ -21,6 +21,9 @@ from memodb_transformers.data import read_text, to_batches  # noqa: E402
 COLUMNS = {
     "kind", "level", "accuracy", "agreement", "perplexity", "memoization_rate", "similarity", "seconds",
     "speedup_vs_plain", "speedup_vs_eager", "bytes",
+    "output_change", "accuracy_change", "perplexity_change",
+    "accuracy_low", "accuracy_high", "agreement_low", "agreement_high",
+    "accuracy_change_low", "accuracy_change_high", "perplexity_change_low", "perplexity_change_high",
 }  # fmt: skip
 NONE = dict.fromkeys(("attention", "lookup", "hit", "split", "uncompiled"), 0.0)
 
@@ -93,10 +96,10 @@ def test_evaluate_compares_with_the_plain_model(built: tuple[Any, Path]) -> None
     rows = report.to_dict()["rows"]
     assert [(row["kind"], row["level"]) for row in rows] == [
         ("plain", None),
-        *(("nearest", level) for level in mt.LEVELS),
+        *((kind, level) for kind in ("random", "mean", "nearest") for level in mt.LEVELS),
     ]
     assert all(set(row) == COLUMNS for row in rows)
-    plain, conservative, *_ = rows
+    plain, *_, conservative, _, _ = rows
     assert plain["accuracy"] == plain["agreement"] == plain["speedup_vs_plain"] == 1.0
     assert plain["memoization_rate"] is plain["bytes"] is None
     assert conservative["memoization_rate"] >= 6 / 8
@@ -108,21 +111,36 @@ def test_evaluate_compares_with_the_plain_model(built: tuple[Any, Path]) -> None
 
 def test_evaluate_without_labels_or_classes_has_no_accuracy(built: tuple[Any, Path]) -> None:
     model, path = built
-    report = mt.evaluate(model, [tiny_batch([8])], path, levels=["moderate"], layers="all", repeats=1)
+    settings = {"levels": ["moderate"], "kinds": ["plain", "nearest"], "layers": "all", "repeats": 1}
+    report = mt.evaluate(model, [tiny_batch([8])], path, **settings)
     assert [row["accuracy"] for row in report.rows] == [None, None]
     assert report.rows[0]["agreement"] == 1.0
-    bare = mt.evaluate(model.bert, [tiny_batch([8])], path, levels=["moderate"], layers="all", repeats=1)
+    bare = mt.evaluate(model.bert, [tiny_batch([8])], path, **settings)
     assert [row["agreement"] for row in bare.rows] == [None, None]
+    assert [row["output_change"] for row in bare.rows] == [0.0, pytest.approx(0.0, abs=1e-4)]
 
 
 @pytest.mark.parametrize(
     ("arguments", "said"),
-    [({"kinds": ["oracle"]}, "plain, nearest"), ({"levels": ["bold"]}, "conservative"), ({"repeats": 0}, "at least 1")],
+    [
+        ({"kinds": ["nearby"]}, "plain, random, mean, nearest, condensed, oracle"),
+        ({"kinds": "nearest"}, "list of kinds"),
+        ({"kinds": ["condensed"]}, "condensed="),
+        ({"levels": ["bold"]}, "conservative"),
+        ({"levels": [1.5]}, "similarity"),
+        ({"neighbours": 0}, "neighbours"),
+        ({"repeats": 0}, "at least 1"),
+        ({"repeats": True}, "at least 1"),
+        ({"seed": -1}, "seed"),
+        ({"confidence": 1.0}, "confidence"),
+        ({"confidence": 95}, "confidence"),
+        ({"kinds": ["oracle"], "oracle_limit": 10}, "at most 10 comparisons.* 36"),
+    ],
 )
 def test_evaluate_refuses_what_it_does_not_know(built: tuple[Any, Path], arguments: Any, said: str) -> None:
     model, path = built
     with pytest.raises(ValueError, match=said):
-        mt.evaluate(model, [tiny_batch([8])], path, **arguments)
+        mt.evaluate(model, [tiny_batch([8])], path, **{"layers": [0], "levels": ["moderate"], **arguments})
 
 
 @pytest.fixture
@@ -160,7 +178,19 @@ def test_the_command_builds_profiles_and_evaluates(
     assert "half the batch" in printed
     assert main(["evaluate", *common, "--levels", "moderate", "--layers", "all", "--repeats", "1"]) == 0
     rows = json.loads(capsys.readouterr().out)["rows"]
-    assert [row["kind"] for row in rows] == ["plain", "nearest"]
+    assert [row["kind"] for row in rows] == ["plain", "random", "mean", "nearest"]
+    means = path.with_name("means")
+    mt.condense(path, means, records_per_namespace=2)
+    assert main(["profile", *common[:2], str(means), *common[3:], "--limit", "10"]) == 0
+    capsys.readouterr()
+    several = ["--kinds", "plain,nearest,condensed", "--condensed", str(means), "--neighbours", "2", "--no-similarity"]
+    assert main(["evaluate", *common, "--levels", "moderate,0.5", "--layers", "all", "--repeats", "1", *several]) == 0
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    assert [(row["kind"], row["level"]) for row in rows] == [
+        ("plain", None), ("nearest", "moderate"), ("nearest", 0.5), ("condensed", "moderate"), ("condensed", 0.5),
+    ]  # fmt: skip
+    assert main(["evaluate", *common, "--kinds", "far"]) == 1
+    assert "'far'" in capsys.readouterr().err
     assert main(["build", *common]) == 1
     assert str(path) in capsys.readouterr().err
     assert main(["evaluate", *common, "--layers", "first"]) == 1
