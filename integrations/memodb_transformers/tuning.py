@@ -30,7 +30,7 @@ from .sites import ModelSites, find_memoizable
 from .store import MemoStore, open_stores, smallest_fitting, write_tuned
 from .tune_report import TuneReport
 
-__all__ = ["FEWEST_TUNED", "TuneReport", "check_budget", "tune", "tune_store"]
+__all__ = ["FEWEST_TUNED", "TuneReport", "check_budget", "tune", "tune_budgets", "tune_store"]
 
 # Hit rates that a layer's threshold is tried at.
 _RATES = (0.25, 0.5, 0.75, 1.0)
@@ -132,8 +132,37 @@ def tune_store(
     confidence: float = 0.8,
     progress: bool | None = None,
 ) -> TuneReport:
-    """Tune an open store: see :func:`tune`."""
-    check_budget(budget)
+    """Tune an open store and keep the choice beside it: see :func:`tune`."""
+    report = tune_budgets(
+        model,
+        sites,
+        store,
+        batches,
+        budgets=[budget],
+        metric=metric,
+        lookup=lookup,
+        confidence=confidence,
+        progress=progress,
+    )[0]
+    write_tuned(store.path, report.to_dict())
+    return report
+
+
+def tune_budgets(
+    model: PreTrainedModel,
+    sites: ModelSites,
+    store: MemoStore,
+    batches: Sequence[Mapping[str, Any]],
+    *,
+    budgets: Sequence[float],
+    metric: str | None = None,
+    lookup: str = "layer",
+    confidence: float = 0.8,
+    progress: bool | None = None,
+) -> list[TuneReport]:
+    """Tune an open store for several budgets, which share what is tried; nothing is written."""
+    for budget in budgets:
+        check_budget(budget)
     if not isinstance(confidence, float) or not 0.5 <= confidence < 1.0:
         raise ValueError(f"expected confidence to be at least 0.5 and below 1; found {confidence!r}")
     if store.profile is None:
@@ -152,9 +181,27 @@ def tune_store(
     with in_inference(model), trial:
         trial.remember([pair for half in halves for pair in half])
         path = _path(trial, profile, halves[0], lookup)
-        wanted = _boldest(trial, path, halves[0], budget, z)
-        chosen, rate, change = _confirmed(trial, wanted, halves[1], budget, z)
-    report = TuneReport(
+        reports = []
+        for budget in budgets:
+            wanted = _boldest(trial, path, halves[0], budget, z)
+            chosen, rate, change = _confirmed(trial, wanted, halves[1], budget, z)
+            reports.append(_report(trial, store, profile, chosen, rate, change, budget, confidence, lookup, counts))
+    return reports
+
+
+def _report(
+    trial: _Trial,
+    store: MemoStore,
+    profile: ProfileReport,
+    chosen: Thresholds,
+    rate: float,
+    change: Change,
+    budget: float,
+    confidence: float,
+    lookup: str,
+    counts: Sequence[int],
+) -> TuneReport:
+    return TuneReport(
         budget=float(budget),
         metric=str(trial.judge.metric),
         confidence=confidence,
@@ -171,8 +218,6 @@ def tune_store(
         attention_seconds=sum(row.attention_seconds for row in profile.layers),
         padded_length=store.padded_length,
     )
-    write_tuned(store.path, report.to_dict())
-    return report
 
 
 def check_budget(budget: Any) -> None:
@@ -209,6 +254,7 @@ class _Trial:
     ) -> None:
         self.judge = judge
         self.tried = 0
+        self._known: dict[Any, tuple[Change, float]] = {}
         self._model, self._sites, self._store, self._lookup = model, sites, store, lookup
         self._bar: Any = tqdm(desc="tuning", unit="pass", disable=hide_bar(progress))
 
@@ -224,7 +270,13 @@ class _Trial:
             self.judge.remember(number, self._logits(batch), batch)
 
     def run(self, thresholds: Thresholds, batches: Numbered) -> tuple[Change, float]:
-        """Reuse with these thresholds: what it costs, and the memoization rate."""
+        """Reuse with these thresholds: what it costs, and the memoization rate; the same is not tried twice."""
+        key = (tuple(sorted(thresholds.items())), tuple(number for number, _ in batches))
+        if key not in self._known:
+            self._known[key] = self._try(thresholds, batches)
+        return self._known[key]
+
+    def _try(self, thresholds: Thresholds, batches: Numbered) -> tuple[Change, float]:
         length = self._store.padded_length
         memo = Memo(self._sites, {length: self._store}, {length: thresholds}, lookup=self._lookup)
         with memo.attached():
