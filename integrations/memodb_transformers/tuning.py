@@ -61,7 +61,8 @@ def tune(
     Half of the batches choose: each layer is tried by itself at several thresholds, ways that save much and harm little
     come first, and the boldest combination within the budget is taken. The other half checks it, and the choice is
     taken back step by step until it holds there too. The loss on data of the same distribution then lies within the
-    interval that the report states, in 95 of 100 cases.
+    interval that the report states, in 95 of 100 cases; in somewhat fewer where steps were taken back, as the second
+    half then had a part in the choice.
 
     Parameters
     ----------
