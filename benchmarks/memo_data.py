@@ -10,6 +10,7 @@ import os
 import random
 import sys
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -54,11 +55,11 @@ class Task:
 
 
 TASKS = {
-    "sst2-minilm": Task("minilm-sst2", "sst2", 64, 32, 8000, 256, 1024, 0, (0.5, 1.0, 2.0, 3.0, 5.0, 20.0), (4, 1)),
-    "sst2-debertav2": Task("debertav2-sst2", "sst2", 64, 32, 8000, 256, 1024, 0, (1.0, 2.0, 3.0, 5.0, 20.0), (4, 1)),
-    "stories-256": Task("stories260k-llama", "stories", 256, 16, 300, 48, 64, 100, (1.0, 2.0, 5.0, 20.0), (8, 1)),
-    "stories-512": Task("stories260k-llama", "stories", 512, 16, 300, 48, 64, 100, (1.0, 2.0, 5.0, 20.0), (8, 1)),
-    "reviews-512": Task("minilm-sst2", "movie_reviews", 512, 16, 200, 64, 256, 400, (1.0,), (4,)),
+    "sst2-minilm": Task("minilm-sst2", "sst2", 64, 32, 6000, 256, 1024, 0, (1.0, 3.0, 6.0), (4, 1)),
+    "sst2-debertav2": Task("debertav2-sst2", "sst2", 64, 32, 6000, 256, 1024, 0, (1.0, 3.0, 6.0), (4, 1)),
+    "stories-256": Task("stories260k-llama", "stories", 256, 16, 300, 48, 64, 100, (1.0, 5.0, 20.0), (8, 1)),
+    "stories-512": Task("stories260k-llama", "stories", 512, 16, 300, 48, 64, 100, (1.0, 5.0, 20.0), (8, 1)),
+    "reviews-512": Task("minilm-sst2", "movie_reviews", 512, 16, 200, 64, 256, 200, (1.0,), (4,)),
 }
 
 
@@ -100,7 +101,7 @@ def load_batches(task: Task, *, quick: bool = False) -> tuple[Batches, Batches, 
         pairs = _pairs(root() / "data" / "movie_reviews" / "reviews.tsv")
         random.Random(0).shuffle(pairs)
         test = pairs[ends[-1] :]
-    groups = [pairs[a:b] for a, b in zip(ends, ends[1:], strict=False)] + [test[: tried or None]]
+    groups = [pairs[a:b] for a, b in pairwise(ends)] + [test[: tried or None]]
     return tuple(  # type: ignore[return-value]
         to_batches(
             tokenizer,

@@ -7,6 +7,7 @@ that nothing should be reused.
 
 from __future__ import annotations
 
+import math
 import os
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
@@ -30,7 +31,7 @@ from .sites import ModelSites, find_memoizable
 from .store import MemoStore, open_stores, smallest_fitting, write_tuned
 from .tune_report import TuneReport
 
-__all__ = ["FEWEST_TUNED", "TuneReport", "check_budget", "tune", "tune_budgets", "tune_store"]
+__all__ = ["TuneReport", "check_budget", "fewest_tuned", "tune", "tune_budgets", "tune_store"]
 
 # Hit rates that a layer's threshold is tried at.
 _RATES = (0.25, 0.5, 0.75, 1.0)
@@ -38,7 +39,10 @@ _RATES = (0.25, 0.5, 0.75, 1.0)
 _ALONE = 256
 # Further ways tried after the first that is over the budget.
 _MORE = 6
-FEWEST_TUNED = 16
+_FEWEST = 16
+
+# How sure it must be that the budget is kept, unless told.
+CONFIDENCE = 0.8
 
 Thresholds = dict[int, float]
 Numbered = list[tuple[int, Mapping[str, Any]]]
@@ -52,7 +56,7 @@ def tune(
     budget: float = 1.0,
     metric: str | None = None,
     lookup: str = "layer",
-    confidence: float = 0.8,
+    confidence: float = CONFIDENCE,
     embedder: Embedder | None = None,
     progress: bool | None = None,
 ) -> TuneReport:
@@ -101,24 +105,32 @@ def tune(
             length = smallest_fitting(stores, batch_shape(model_inputs(batch, model.device))[1])
             if length is not None:
                 shares[length].append(batch)
-        parts = [
-            tune_store(
+        if not any(shares.values()):
+            raise InvalidBatchError(
+                f"expected batches padded to at most {max(stores)} tokens, as the store's; found none"
+            )
+        enough = {length: share for length, share in shares.items() if _count(share) >= _FEWEST}
+        # With nothing enough, the largest share tells how much is missing.
+        chosen = enough or dict([max(shares.items(), key=lambda item: _count(item[1]))])
+        parts = {
+            length: tune_budgets(
                 model,
                 sites,
                 stores[length],
                 share,
-                budget=budget,
+                budgets=[budget],
                 metric=metric,
                 lookup=lookup,
                 confidence=confidence,
                 progress=progress,
-            )
-            for length, share in shares.items()
-            if share
-        ]
-    if not parts:
-        raise InvalidBatchError(f"expected batches padded to at most {max(shares)} tokens, as the store's; found none")
-    return parts[0] if len(shares) == 1 else replace(parts[0], thresholds={}, buckets=tuple(parts))
+            )[0]
+            for length, share in chosen.items()
+        }
+        # Written when all are done: an error changes nothing.
+        for length, report in parts.items():
+            write_tuned(stores[length].path, report.to_dict())
+        first = next(iter(parts.values()))
+        return first if len(stores) == 1 else replace(first, thresholds={}, buckets=tuple(parts.values()))
 
 
 def tune_store(
@@ -130,7 +142,7 @@ def tune_store(
     budget: float,
     metric: str | None = None,
     lookup: str = "layer",
-    confidence: float = 0.8,
+    confidence: float = CONFIDENCE,
     progress: bool | None = None,
 ) -> TuneReport:
     """Tune an open store and keep the choice beside it: see :func:`tune`."""
@@ -158,7 +170,7 @@ def tune_budgets(
     budgets: Sequence[float],
     metric: str | None = None,
     lookup: str = "layer",
-    confidence: float = 0.8,
+    confidence: float = CONFIDENCE,
     progress: bool | None = None,
 ) -> list[TuneReport]:
     """Tune an open store for several budgets, which share what is tried; nothing is written."""
@@ -172,15 +184,17 @@ def tune_budgets(
         )
     profile = ProfileReport.from_dict(store.profile, store.path)
     halves = _halves(batches)
-    counts = [sum(batch_shape(batch)[0] for _, batch in half) for half in halves]
-    if min(counts) < FEWEST_TUNED // 2:
+    counts = [_count([batch for _, batch in half]) for half in halves]
+    if min(counts) < _FEWEST // 2:
         raise InvalidBatchError(
-            f"expected {FEWEST_TUNED} sequences or more: one half chooses, the other checks; found {sum(counts)}"
+            f"expected {_FEWEST} sequences or more: one half chooses, the other checks; found {sum(counts)}"
         )
     z = statistics.NormalDist().inv_cdf(confidence)
     trial = _Trial(model, sites, store, Judge(metric, causal=sites.family.causal), lookup, progress)
     with in_inference(model), trial:
         trial.remember([pair for half in halves for pair in half])
+        if trial.judge.metric != "perplexity":
+            _check_enough(min(budgets), confidence, sum(counts))
         path = _path(trial, profile, halves[0], lookup)
         reports = []
         for budget in budgets:
@@ -225,6 +239,27 @@ def check_budget(budget: Any) -> None:
     """Refuse a budget that is no number of points."""
     if isinstance(budget, bool) or not isinstance(budget, int | float | np.number) or not 0 <= budget < float("inf"):
         raise ValueError(f"expected budget to be a number of points of at least 0; found {budget!r}")
+
+
+def fewest_tuned(budget: float, confidence: float = CONFIDENCE) -> int:
+    """Tell how many sequences a budget of points needs at least: with fewer, even no change at all proves nothing."""
+    z = statistics.NormalDist().inv_cdf(confidence)
+    return max(_FEWEST, 2 * math.ceil(100.0 * z / budget)) if budget > 0 else _FEWEST
+
+
+def _check_enough(budget: float, confidence: float, found: int) -> None:
+    """Refuse to try when nothing could be proved."""
+    needed = fewest_tuned(budget, confidence)
+    if found < needed:
+        raise InvalidBatchError(
+            f"expected {needed} sequences or more for a budget of {budget:g} points at a confidence of {confidence:g}: "
+            f"with the {found} found even no change at all would not show that it is kept. Give more data, a larger "
+            "budget, or a lower confidence"
+        )
+
+
+def _count(batches: Sequence[Mapping[str, Any]]) -> int:
+    return sum(batch_shape(batch)[0] for batch in batches)
 
 
 def _halves(batches: Sequence[Mapping[str, Any]]) -> tuple[Numbered, Numbered]:
@@ -294,7 +329,7 @@ def _path(trial: _Trial, profile: ProfileReport, batches: Numbered, lookup: str)
     """Order ways to reuse from timid to bold: at each step what saves most for the harm that it does alone."""
     few: Numbered = []
     for pair in batches:
-        if sum(batch_shape(batch)[0] for _, batch in few) < _ALONE:
+        if _count([batch for _, batch in few]) < _ALONE:
             few.append(pair)
     options: dict[int, list[tuple[float, float, float]]] = {}  # layer: threshold, saved, damage
     for row in profile.layers:
