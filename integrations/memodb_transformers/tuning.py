@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from .capture import in_inference, model_inputs
 from .card import ModelCard
+from .choices import check_lookup
 from .embedding import Embedder
 from .errors import InvalidBatchError, StoreMismatchError
 from .judge import Change, Judge
@@ -69,7 +70,8 @@ def tune(
         A model and its store, with a profile.
     batches
         Data that is not in the store, and other data than it was profiled with; with ``labels`` for a budget on
-        accuracy. At least 16 sequences, and better a thousand: they are split into halves.
+        accuracy. At least 16 sequences, and better a thousand: they are split into halves. With length buckets, one
+        without so many, or without a profile, is left as it is as long as there is another.
     budget
         Points of accuracy or agreement that may be lost, or percent that perplexity may grow.
     metric
@@ -95,11 +97,19 @@ def tune(
     sites = find_memoizable(model)
     data = list(batches)
     with open_stores(path, ModelCard.of(sites), embedder) as stores:
+        check_lookup(stores, lookup, 0)
         shares: dict[int, list[Any]] = {length: [] for length in stores}
         for batch in data:
             length = smallest_fitting(stores, batch_shape(model_inputs(batch, model.device))[1])
             if length is not None:
                 shares[length].append(batch)
+        given = {length: share for length, share in shares.items() if share}
+        # A bucket without a profile, or with too little data, is left alone as long as there is another.
+        ready = {
+            length: share
+            for length, share in given.items()
+            if stores[length].profile is not None and _sequences(share) >= FEWEST_TUNED
+        }
         parts = [
             tune_store(
                 model,
@@ -112,8 +122,7 @@ def tune(
                 confidence=confidence,
                 progress=progress,
             )
-            for length, share in shares.items()
-            if share
+            for length, share in (ready or given).items()
         ]
     if not parts:
         raise InvalidBatchError(f"expected batches padded to at most {max(shares)} tokens, as the store's; found none")
@@ -181,10 +190,15 @@ def check_budget(budget: Any) -> None:
         raise ValueError(f"expected budget to be a number of points of at least 0; found {budget!r}")
 
 
+def _sequences(batches: Sequence[Mapping[str, Any]]) -> int:
+    return sum(batch_shape(batch)[0] for batch in batches)
+
+
 def _halves(batches: Sequence[Mapping[str, Any]]) -> tuple[Numbered, Numbered]:
-    """Split batches into those that choose and those that check; few are cut in two each."""
+    """Split batches into those that choose and those that check; few, or uneven ones, are cut in two each."""
     parts = list(batches)
-    if len(parts) < 4:
+    fewer = min(_sequences(parts[::2]), _sequences(parts[1::2]))
+    if len(parts) < 4 or 3 * fewer < _sequences(parts):
         parts = []
         for batch in batches:
             rows = batch_shape(batch)[0]
