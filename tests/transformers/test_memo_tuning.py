@@ -247,20 +247,33 @@ def test_it_declines_where_reuse_breaks_predictions(garbage: Path) -> None:
     assert set(mt.tune(model, data(labels=False), garbage, budget=200.0).thresholds) == {0, 1}
 
 
-def test_it_spares_the_layer_that_does_harm(garbage: Path, built: Path) -> None:
-    """Records of layer 0 are sound, those of layer 1 garbage."""
-    mixed = garbage.with_name("mixed")
+def mix(built: Path, garbage: Path, bad_rows: Any) -> Path:
+    """Make a store whose records are sound but for some rows, which are garbage."""
+    path = garbage.with_name("mixed")
     with memodb.MemoDB.open(built) as good, memodb.MemoDB.open(garbage) as bad:
         ids = good.ids()
         values = good.multiget(ids)
-        values[1::2] = bad.multiget(ids)[1::2]
+        values[bad_rows] = bad.multiget(ids)[bad_rows]
         assert good.namespace_of(ids[:2]) == ["layer=0/len=8", "layer=1/len=8"]
-        with memodb.MemoDB.create(mixed, shape=good.spec.shape, dtype="float32", key_dim=good.key_dim) as db:
+        with memodb.MemoDB.create(path, shape=good.spec.shape, dtype="float32", key_dim=good.key_dim) as db:
             db.put(values, good.keys(ids), namespace=good.namespace_of(ids))
-    shutil.copytree(built / "transformers", mixed / "transformers")
-    report = mt.tune(tiny_model(), known(labels=False), mixed, budget=2.0)
+    shutil.copytree(built / "transformers", path / "transformers")
+    return path
+
+
+def test_it_spares_the_layer_that_does_harm(garbage: Path, built: Path) -> None:
+    report = mt.tune(tiny_model(), known(labels=False), mix(built, garbage, slice(1, None, 2)), budget=2.0)
     assert set(report.thresholds) == {0}
     assert report.memoization_rate == 0.5
+
+
+def test_a_choice_that_other_data_does_not_confirm_is_taken_back(garbage: Path, built: Path) -> None:
+    # Every second batch, which does not choose, has garbage in both layers: 36 sequences of two records each.
+    rows = np.arange(6 * 72) // 72 % 2 == 1
+    path = mix(built, garbage, rows)
+    assert mt.tune(tiny_model(), known(labels=False), path, budget=2.0).declined
+    only = [batch for number, batch in enumerate(known(labels=False)) if number % 2 == 0]
+    assert set(mt.tune(tiny_model(), [*only, *only], path, budget=2.0).thresholds) == {0, 1}
 
 
 def test_it_declines_where_nothing_pays(built: Path) -> None:
