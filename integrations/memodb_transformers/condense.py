@@ -7,7 +7,6 @@ attention (Hassid et al. 2022, "How Much Does Attention Actually Attend?").
 
 from __future__ import annotations
 
-import operator
 import os
 import re
 import shutil
@@ -27,6 +26,7 @@ import memodb
 from .clusters import Means, group_keys
 from .errors import StoreMismatchError
 from .lookup import namespace
+from .options import check_count, check_store_dtype
 from .reports import hide_bar, markdown_table, readable_bytes
 from .store import Condensed, bucket_path, bucket_paths, copy_beside, read_condensed, stored_lengths
 
@@ -145,7 +145,7 @@ def condense(
     memodb.StoreExistsError
         Something is at ``out_path``.
     """
-    most = _check(records_per_namespace, max_bytes, by)
+    most = _check(records_per_namespace, max_bytes, by, store_dtype, seed)
     root, target = Path(path), Path(out_path)
     lengths = stored_lengths(root)
     if target.exists():
@@ -178,16 +178,17 @@ def condense(
     )
 
 
-def _check(records_per_namespace: int | None, max_bytes: int | None, by: str) -> int | None:
+def _check(
+    records_per_namespace: int | None, max_bytes: int | None, by: str, store_dtype: str | None, seed: int
+) -> int | None:
     for name, value in (("records_per_namespace", records_per_namespace), ("max_bytes", max_bytes)):
-        try:
-            usable = value is None or (not isinstance(value, bool) and operator.index(value) >= 1)
-        except TypeError:
-            usable = False
-        if not usable:
-            raise ValueError(f"expected {name} to be a number of at least 1; found {value!r}")
+        if value is not None:
+            check_count(name, value)
+    check_count("seed", seed, 0)
     if by not in _WAYS:
         raise ValueError(f"expected by to be one of {', '.join(_WAYS)}; found {by!r}")
+    if store_dtype is not None:
+        check_store_dtype(store_dtype)
     return 16 if records_per_namespace is None and max_bytes is None else records_per_namespace
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 import os
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -25,6 +24,7 @@ from .condense import CondenseReport, condense
 from .embedding import Embedder, RandomProjection
 from .errors import InvalidBatchError
 from .files import write_json
+from .options import check_build, check_count
 from .performance import ProfileReport
 from .profiling import profile_store
 from .recorder import Recorder, batch_shape
@@ -32,7 +32,7 @@ from .reports import hide_bar
 from .samples import Samples, sample_bytes
 from .shares import Share, share_out
 from .sites import ModelSites, find_memoizable
-from .store import MEMO_FILES, TARGETS, open_store, read_profile, record_shape, write_store
+from .store import MEMO_FILES, open_store, read_profile, record_shape, write_store
 from .training import TRAINED, LayerTraining, TrainingReport, assemble, split_known, train_layer
 from .tune_report import TuneReport
 from .tuning import check_budget, fewest_tuned, tune_store
@@ -40,7 +40,6 @@ from .work import Work, fingerprint
 
 __all__ = ["BuildReport", "build"]
 
-_STORE_DTYPES = ("float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2")
 _SAMPLED = 1500
 _SCRATCH = 2 << 30
 
@@ -140,7 +139,13 @@ def build(
     memodb.StoreExistsError
         Something is at ``path``.
     """
-    lengths = _check_options(target, store_dtype, embedder, epochs, namespace_by_length, buckets)
+    lengths = check_build(target, store_dtype, embedder, epochs, namespace_by_length, buckets)
+    key_dim, seed = check_count("key_dim", key_dim), check_count("seed", seed, 0)
+    scratch_bytes = check_count("scratch_bytes", scratch_bytes)
+    if records_per_namespace is not None:
+        records_per_namespace = check_count("records_per_namespace", records_per_namespace)
+    if condensed_bytes is not None:
+        condensed_bytes = check_count("condensed_bytes", condensed_bytes)
     if budget is not None and not profile:
         raise ValueError("expected profile=True with a budget: thresholds are tuned by the profile")
     if budget is not None:
@@ -359,6 +364,8 @@ class _Build:
 
     def _condense(self) -> dict[str, Any]:
         shutil.rmtree(self._place, ignore_errors=True)  # of a run that was cut off
+        # The limit of the single records holds for fewer means all the more, and is no limit of condensing.
+        options = {name: value for name, value in self._options.items() if name != "max_bytes"}
         return condense(
             self._records,
             self._place,
@@ -367,7 +374,7 @@ class _Build:
             backend=self._settings["backend"],
             seed=self._settings["seed"],
             progress=self._progress,
-            **self._options,
+            **options,
         ).to_dict()
 
     def _index(self) -> dict[str, Any]:
@@ -469,37 +476,3 @@ def _check_embedder(embedder: str | Embedder, padded_length: int, sites: ModelSi
         raise ValueError(
             f"expected an embedder of sequences of {padded_length} tokens; found one of at most {longest} tokens"
         )
-
-
-def _check_options(
-    target: str,
-    store_dtype: str,
-    embedder: str | Embedder,
-    epochs: int | None,
-    namespace_by_length: bool,
-    buckets: Sequence[int] | None,
-) -> list[int]:
-    """Check what needs no model; returns the buckets in rising order."""
-    if target not in TARGETS:
-        raise ValueError(f"expected target to be one of {', '.join(TARGETS)}; found {target!r}")
-    if store_dtype not in _STORE_DTYPES:
-        raise ValueError(f"expected store_dtype to be one of {', '.join(_STORE_DTYPES)}; found {store_dtype!r}")
-    kinds = (*TRAINED, RandomProjection.kind)
-    if (isinstance(embedder, str) and embedder not in kinds) or not isinstance(embedder, str | Embedder):
-        found = repr(embedder) if isinstance(embedder, str) else type(embedder).__name__
-        raise ValueError(f"expected embedder to be one of {', '.join(kinds)}, or an Embedder object; found {found}")
-    if epochs is not None and embedder not in TRAINED:
-        raise ValueError(f"expected no epochs: this embedder is not trained; found epochs={epochs!r}")
-    if epochs is not None and (isinstance(epochs, bool) or not isinstance(epochs, int) or epochs < 0):
-        raise ValueError(f"expected epochs to be a number of at least 0; found {epochs!r}")
-    if not namespace_by_length:
-        raise ValueError("expected namespace_by_length=True: sequences of different valid length must never match")
-    if buckets is None:
-        return []
-    try:
-        lengths = [operator.index(length) for length in buckets if not isinstance(length, bool)]
-    except TypeError:
-        lengths = []
-    if not lengths or min(lengths) < 2:
-        raise ValueError(f"expected buckets to be lengths of at least 2 tokens, such as (64, 128); found {buckets!r}")
-    return sorted(set(lengths))

@@ -144,6 +144,8 @@ class Samples:
                 continue
             kept = len(_spaced(length, records.shape[2]))
             part = torch.from_numpy(records[members, :, :kept]).float()
+            sound = torch.isfinite(part).flatten(1).all(dim=1)
+            members, part = members[sound.numpy()], part[sound]
             compare = context_matrix if contexts else similarity_matrix
             valid = part if contexts else part[..., :length]
             similar[np.ix_(members, members)] = compare(valid, valid)

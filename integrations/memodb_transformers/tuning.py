@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 
 from .capture import in_inference, model_inputs
 from .card import ModelCard
+from .choices import check_lookup
 from .embedding import Embedder
 from .errors import InvalidBatchError, StoreMismatchError
 from .judge import Change, Judge
@@ -74,7 +75,8 @@ def tune(
         A model and its store, with a profile.
     batches
         Data that is not in the store, and other data than it was profiled with; with ``labels`` for a budget on
-        accuracy. At least 16 sequences, and better a thousand: they are split into halves.
+        accuracy. At least 16 sequences, and better a thousand: they are split into halves. With length buckets, one
+        without so many, or without a profile, is left as it is as long as there is another.
     budget
         Points of accuracy or agreement that may be lost, or percent that perplexity may grow.
     metric
@@ -100,6 +102,7 @@ def tune(
     sites = find_memoizable(model)
     data = list(batches)
     with open_stores(path, ModelCard.of(sites), embedder) as stores:
+        check_lookup(stores, lookup, 0)
         shares: dict[int, list[Any]] = {length: [] for length in stores}
         for batch in data:
             length = smallest_fitting(stores, batch_shape(model_inputs(batch, model.device))[1])
@@ -109,8 +112,13 @@ def tune(
             raise InvalidBatchError(
                 f"expected batches padded to at most {max(stores)} tokens, as the store's; found none"
             )
-        enough = {length: share for length, share in shares.items() if _count(share) >= _FEWEST}
-        # With nothing enough, the largest share tells how much is missing.
+        # A bucket without a profile, or with too little data, is left alone as long as there is another.
+        enough = {
+            length: share
+            for length, share in shares.items()
+            if stores[length].profile is not None and _count(share) >= _FEWEST
+        }
+        # With none of them ready, the largest share tells what is missing.
         chosen = enough or dict([max(shares.items(), key=lambda item: _count(item[1]))])
         parts = {
             length: tune_budgets(
@@ -263,9 +271,10 @@ def _count(batches: Sequence[Mapping[str, Any]]) -> int:
 
 
 def _halves(batches: Sequence[Mapping[str, Any]]) -> tuple[Numbered, Numbered]:
-    """Split batches into those that choose and those that check; few are cut in two each."""
+    """Split batches into those that choose and those that check; few, or uneven ones, are cut in two each."""
     parts = list(batches)
-    if len(parts) < 4:
+    fewer = min(_count(parts[::2]), _count(parts[1::2]))
+    if len(parts) < 4 or 3 * fewer < _count(parts):
         parts = []
         for batch in batches:
             rows = batch_shape(batch)[0]

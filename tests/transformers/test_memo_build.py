@@ -136,6 +136,18 @@ def test_an_existing_store_is_not_touched(path: Path) -> None:
         ({"epochs": 3, "embedder": "projection"}, "not trained"),
         ({"epochs": -1}, "at least 0"),
         ({"budget": 1.0, "profile": False}, "profile=True"),
+        ({"budget": -1.0}, "budget .* at least 0"),
+        ({"budget": True}, "budget"),
+        ({"scratch_bytes": 0}, "scratch_bytes .* at least 1; found 0"),
+        ({"scratch_bytes": 1e9}, "scratch_bytes"),
+        ({"scratch_bytes": None}, "scratch_bytes"),
+        ({"records_per_namespace": 0}, "records_per_namespace .* at least 1"),
+        ({"records_per_namespace": True}, "records_per_namespace"),
+        ({"records_per_namespace": 2.5}, "records_per_namespace"),
+        ({"condensed_bytes": -1}, "condensed_bytes"),
+        ({"condensed_bytes": "200MB"}, "condensed_bytes"),
+        ({"key_dim": 0}, "key_dim"),
+        ({"seed": -1}, "seed"),
         ({"namespace_by_length": False}, "must never match"),
         ({"key_dim": 12, "embedder": "projection"}, "multiple of mixes"),
         ({"store_dtype": "complex"}, "complex"),
@@ -144,7 +156,7 @@ def test_an_existing_store_is_not_touched(path: Path) -> None:
 def test_what_is_not_supported_is_refused_by_name(path: Path, arguments: dict[str, Any], said: str) -> None:
     with pytest.raises(ValueError, match=said):
         mt.build(tiny_model(), [tiny_batch([5])], path, **arguments)
-    assert not path.exists()
+    assert list(path.parent.iterdir()) == []
 
 
 @pytest.mark.parametrize(
