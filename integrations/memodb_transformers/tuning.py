@@ -15,7 +15,6 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from .capture import in_inference, model_inputs
@@ -24,29 +23,19 @@ from .choices import check_lookup
 from .embedding import Embedder
 from .errors import InvalidBatchError, StoreMismatchError
 from .judge import Change, Judge
-from .memoize import Memo
 from .performance import ProfileReport
 from .recorder import batch_shape, cut_rows
-from .reports import hide_bar
 from .sites import ModelSites, find_memoizable
 from .store import MemoStore, open_stores, smallest_fitting, write_tuned
 from .tune_report import TuneReport
+from .ways import Numbered, Thresholds, WaysTried, confirm, count_sequences, find_boldest, order_ways
 
 __all__ = ["TuneReport", "check_budget", "fewest_tuned", "tune", "tune_budgets", "tune_store"]
 
-# Hit rates that a layer's threshold is tried at.
-_RATES = (0.25, 0.5, 0.75, 1.0)
-# Sequences that each layer is tried with by itself; the choice is then made with all.
-_ALONE = 256
-# Further ways tried after the first that is over the budget.
-_MORE = 6
 _FEWEST = 16
 
 # How sure it must be that the budget is kept, unless told.
 CONFIDENCE = 0.8
-
-Thresholds = dict[int, float]
-Numbered = list[tuple[int, Mapping[str, Any]]]
 
 
 def tune(
@@ -116,10 +105,10 @@ def tune(
         enough = {
             length: share
             for length, share in shares.items()
-            if stores[length].profile is not None and _count(share) >= _FEWEST
+            if stores[length].profile is not None and count_sequences(share) >= _FEWEST
         }
         # With none of them ready, the largest share tells what is missing.
-        chosen = enough or dict([max(shares.items(), key=lambda item: _count(item[1]))])
+        chosen = enough or dict([max(shares.items(), key=lambda item: count_sequences(item[1]))])
         parts = {
             length: tune_budgets(
                 model,
@@ -192,28 +181,28 @@ def tune_budgets(
         )
     profile = ProfileReport.from_dict(store.profile, store.path)
     halves = _halves(batches)
-    counts = [_count([batch for _, batch in half]) for half in halves]
+    counts = [count_sequences([batch for _, batch in half]) for half in halves]
     if min(counts) < _FEWEST // 2:
         raise InvalidBatchError(
             f"expected {_FEWEST} sequences or more: one half chooses, the other checks; found {sum(counts)}"
         )
     z = statistics.NormalDist().inv_cdf(confidence)
-    trial = _Trial(model, sites, store, Judge(metric, causal=sites.family.causal), lookup, progress)
+    trial = WaysTried(model, sites, store, Judge(metric, causal=sites.family.causal), lookup, progress)
     with in_inference(model), trial:
         trial.remember([pair for half in halves for pair in half])
         if trial.judge.metric != "perplexity":
             _check_enough(min(budgets), confidence, sum(counts))
-        path = _path(trial, profile, halves[0], lookup)
+        path = order_ways(trial, profile, halves[0], lookup)
         reports = []
         for budget in budgets:
-            wanted = _boldest(trial, path, halves[0], budget, z)
-            chosen, rate, change = _confirmed(trial, wanted, halves[1], budget, z)
+            wanted = find_boldest(trial, path, halves[0], budget, z)
+            chosen, rate, change = confirm(trial, wanted, halves[1], budget, z)
             reports.append(_report(trial, store, profile, chosen, rate, change, budget, confidence, lookup, counts))
     return reports
 
 
 def _report(
-    trial: _Trial,
+    trial: WaysTried,
     store: MemoStore,
     profile: ProfileReport,
     chosen: Thresholds,
@@ -266,15 +255,11 @@ def _check_enough(budget: float, confidence: float, found: int) -> None:
         )
 
 
-def _count(batches: Sequence[Mapping[str, Any]]) -> int:
-    return sum(batch_shape(batch)[0] for batch in batches)
-
-
 def _halves(batches: Sequence[Mapping[str, Any]]) -> tuple[Numbered, Numbered]:
     """Split batches into those that choose and those that check; few, or uneven ones, are cut in two each."""
     parts = list(batches)
-    fewer = min(_count(parts[::2]), _count(parts[1::2]))
-    if len(parts) < 4 or 3 * fewer < _count(parts):
+    fewer = min(count_sequences(parts[::2]), count_sequences(parts[1::2]))
+    if len(parts) < 4 or 3 * fewer < count_sequences(parts):
         parts = []
         for batch in batches:
             rows = batch_shape(batch)[0]
@@ -283,129 +268,6 @@ def _halves(batches: Sequence[Mapping[str, Any]]) -> tuple[Numbered, Numbered]:
                     parts.append(cut_rows(batch, chosen, rows))
     numbered = list(enumerate(parts))
     return numbered[::2], numbered[1::2]
-
-
-class _Trial:
-    """Runs the model with one way to reuse after another."""
-
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        sites: ModelSites,
-        store: MemoStore,
-        judge: Judge,
-        lookup: str,
-        progress: bool | None,
-    ) -> None:
-        self.judge = judge
-        self.tried = 0
-        self._known: dict[Any, tuple[Change, float]] = {}
-        self._model, self._sites, self._store, self._lookup = model, sites, store, lookup
-        self._bar: Any = tqdm(desc="tuning", unit="pass", disable=hide_bar(progress))
-
-    def __enter__(self) -> _Trial:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.close()
-
-    def remember(self, batches: Numbered) -> None:
-        """Run the plain model."""
-        for number, batch in batches:
-            self.judge.remember(number, self._logits(batch), batch)
-
-    def run(self, thresholds: Thresholds, batches: Numbered) -> tuple[Change, float]:
-        """Reuse with these thresholds: what it costs, and the memoization rate; the same is not tried twice."""
-        key = (tuple(sorted(thresholds.items())), tuple(number for number, _ in batches))
-        if key not in self._known:
-            self._known[key] = self._try(thresholds, batches)
-        return self._known[key]
-
-    def _try(self, thresholds: Thresholds, batches: Numbered) -> tuple[Change, float]:
-        length = self._store.padded_length
-        memo = Memo(self._sites, {length: self._store}, {length: thresholds}, lookup=self._lookup)
-        with memo.attached():
-            parts = [self.judge.compare(number, self._logits(batch), batch) for number, batch in batches]
-        self.tried += 1
-        self._bar.update()
-        return self.judge.sum(parts), float(memo.stats()["memoization_rate"])
-
-    def _logits(self, batch: Mapping[str, Any]) -> Any:
-        return getattr(self._model(**model_inputs(batch, self._model.device)), "logits", None)
-
-
-def _path(trial: _Trial, profile: ProfileReport, batches: Numbered, lookup: str) -> list[Thresholds]:
-    """Order ways to reuse from timid to bold: at each step what saves most for the harm that it does alone."""
-    few: Numbered = []
-    for pair in batches:
-        if _count([batch for _, batch in few]) < _ALONE:
-            few.append(pair)
-    options: dict[int, list[tuple[float, float, float]]] = {}  # layer: threshold, saved, damage
-    for row in profile.layers:
-        distances = sorted(d for d in row.scores(lookup)[0] if d is not None)
-        if not distances:
-            continue
-        steps = sorted({distances[max(0, int(np.ceil(rate * len(distances))) - 1)] for rate in _RATES})
-        for threshold in steps:
-            saved = row.benefit(threshold, lookup)
-            if saved > 0:
-                change, _ = trial.run({row.layer: threshold}, few)
-                options.setdefault(row.layer, []).append((threshold, saved, change.damage))
-    path: list[Thresholds] = [{}]
-    now = dict.fromkeys(options, -1)
-    while True:
-        best, step = -1.0, None
-        for layer, ways in options.items():
-            before = (0.0, 0.0) if now[layer] < 0 else ways[now[layer]][1:]
-            for place in range(now[layer] + 1, len(ways)):
-                _, saved, damage = ways[place]
-                ratio = (saved - before[0]) / max(damage - before[1], 1e-9)
-                if saved > before[0] and ratio > best:
-                    best, step = ratio, (layer, place)
-        if step is None:
-            return path
-        now[step[0]] = step[1]
-        path.append({**path[-1], step[0]: options[step[0]][step[1]][0]})
-
-
-def _boldest(
-    trial: _Trial,
-    path: list[Thresholds],
-    batches: Numbered,
-    budget: float,
-    z: float,
-) -> list[Thresholds]:
-    """Find the boldest way on the path that is within the budget, and add what else is; returns the steps to it."""
-    low, high = 0, len(path) - 1
-    while low < high:
-        middle = (low + high + 1) // 2
-        if trial.run(path[middle], batches)[0].upper(z) <= budget:
-            low = middle
-        else:
-            high = middle - 1
-    steps = path[: low + 1]
-    for earlier, later in list(zip(path[low:], path[low + 1 :], strict=False))[1 : 1 + _MORE]:
-        # The next step is too much; a later one, of another layer, may not be.
-        added = {layer: value for layer, value in later.items() if earlier.get(layer) != value}
-        bolder = {**steps[-1], **added}
-        if trial.run(bolder, batches)[0].upper(z) <= budget:
-            steps.append(bolder)
-    return steps
-
-
-def _confirmed(
-    trial: _Trial,
-    steps: list[Thresholds],
-    batches: Numbered,
-    budget: float,
-    z: float,
-) -> tuple[Thresholds, float, Change]:
-    """Take the choice back, step by step, until other data confirms it."""
-    for thresholds in reversed(steps[1:]):
-        change, rate = trial.run(thresholds, batches)
-        if change.upper(z) <= budget:
-            return thresholds, rate, change
-    return {}, 0.0, Change(0.0, 0.0, 0.0, 0)
 
 
 def _saved(profile: ProfileReport, thresholds: Thresholds, lookup: str) -> float:

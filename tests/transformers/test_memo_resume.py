@@ -28,7 +28,7 @@ SETTINGS: dict[str, Any] = {"embedder": "separable", "epochs": 2, "records_per_n
 KILLED = """
 import os, signal, sys
 sys.path.insert(0, sys.argv[3])
-from memodb_transformers import record, work
+from memodb_transformers import work
 from test_memo_resume import data, SETTINGS, STAGES
 from tiny_models import tiny_model
 import memodb_transformers as mt
@@ -129,13 +129,13 @@ def test_an_unfinished_build_of_other_settings_is_refused_by_name(
 
 
 def test_an_interrupt_keeps_what_was_done_and_says_where(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from memodb_transformers import record
+    from memodb_transformers import stages
 
     def interrupted(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(record, "condense", interrupted)
+        patch.setattr(stages, "condense", interrupted)
         with pytest.raises(KeyboardInterrupt) as caught:
             mt.build(tiny_model(), data(), path, **SETTINGS)
     assert str(path.with_name("store.building")) in caught.value.__notes__[0]
@@ -174,14 +174,14 @@ def test_a_damaged_journal_is_said_to_be_one(path: Path) -> None:
 
 
 def test_a_store_made_at_the_path_meanwhile_is_not_touched(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from memodb_transformers import record
+    from memodb_transformers import stages
 
-    def meanwhile(*arguments: Any, original: Any = record.condense, **options: Any) -> Any:
+    def meanwhile(*arguments: Any, original: Any = stages.condense, **options: Any) -> Any:
         path.mkdir()
         (path / "else").touch()
         return original(*arguments, **options)
 
-    monkeypatch.setattr(record, "condense", meanwhile)
+    monkeypatch.setattr(stages, "condense", meanwhile)
     with pytest.raises(memodb.StoreExistsError, match="was made while"):
         mt.build(tiny_model(), data(), path, **SETTINGS)
     assert [file.name for file in path.iterdir()] == ["else"]

@@ -1,0 +1,159 @@
+"""Ways to reuse, tried one after the other: from timid to bold, and as far as a budget bears."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from .capture import model_inputs
+from .judge import Change, Judge
+from .memoize import Memo
+from .performance import ProfileReport
+from .recorder import batch_shape
+from .reports import hide_bar
+from .sites import ModelSites
+from .store import MemoStore
+
+__all__ = ["Numbered", "Thresholds", "WaysTried", "confirm", "count_sequences", "find_boldest", "order_ways"]
+
+# Hit rates that a layer's threshold is tried at.
+_RATES = (0.25, 0.5, 0.75, 1.0)
+# Sequences that each layer is tried with by itself; the choice is then made with all.
+_ALONE = 256
+# Further ways tried after the first that is over the budget.
+_MORE = 6
+
+Thresholds = dict[int, float]
+Numbered = list[tuple[int, Mapping[str, Any]]]
+
+
+class WaysTried:
+    """Runs the model with one way to reuse after another."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        sites: ModelSites,
+        store: MemoStore,
+        judge: Judge,
+        lookup: str,
+        progress: bool | None,
+    ) -> None:
+        self.judge = judge
+        self.tried = 0
+        self._known: dict[Any, tuple[Change, float]] = {}
+        self._model, self._sites, self._store, self._lookup = model, sites, store, lookup
+        self._bar: Any = tqdm(desc="tuning", unit="pass", disable=hide_bar(progress))
+
+    def __enter__(self) -> WaysTried:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+
+    def remember(self, batches: Numbered) -> None:
+        """Run the plain model."""
+        for number, batch in batches:
+            self.judge.remember(number, self._logits(batch), batch)
+
+    def run(self, thresholds: Thresholds, batches: Numbered) -> tuple[Change, float]:
+        """Reuse with these thresholds: what it costs, and the memoization rate; the same is not tried twice."""
+        key = (tuple(sorted(thresholds.items())), tuple(number for number, _ in batches))
+        if key not in self._known:
+            self._known[key] = self._try(thresholds, batches)
+        return self._known[key]
+
+    def _try(self, thresholds: Thresholds, batches: Numbered) -> tuple[Change, float]:
+        length = self._store.padded_length
+        memo = Memo(self._sites, {length: self._store}, {length: thresholds}, lookup=self._lookup)
+        with memo.attached():
+            parts = [self.judge.compare(number, self._logits(batch), batch) for number, batch in batches]
+        self.tried += 1
+        self._bar.update()
+        return self.judge.sum(parts), float(memo.stats()["memoization_rate"])
+
+    def _logits(self, batch: Mapping[str, Any]) -> Any:
+        return getattr(self._model(**model_inputs(batch, self._model.device)), "logits", None)
+
+
+def order_ways(trial: WaysTried, profile: ProfileReport, batches: Numbered, lookup: str) -> list[Thresholds]:
+    """Order ways to reuse from timid to bold: at each step what saves most for the harm that it does alone."""
+    few: Numbered = []
+    for pair in batches:
+        if count_sequences([batch for _, batch in few]) < _ALONE:
+            few.append(pair)
+    options: dict[int, list[tuple[float, float, float]]] = {}  # layer: threshold, saved, damage
+    for row in profile.layers:
+        distances = sorted(d for d in row.scores(lookup)[0] if d is not None)
+        if not distances:
+            continue
+        steps = sorted({distances[max(0, int(np.ceil(rate * len(distances))) - 1)] for rate in _RATES})
+        for threshold in steps:
+            saved = row.benefit(threshold, lookup)
+            if saved > 0:
+                change, _ = trial.run({row.layer: threshold}, few)
+                options.setdefault(row.layer, []).append((threshold, saved, change.damage))
+    path: list[Thresholds] = [{}]
+    now = dict.fromkeys(options, -1)
+    while True:
+        best, step = -1.0, None
+        for layer, ways in options.items():
+            before = (0.0, 0.0) if now[layer] < 0 else ways[now[layer]][1:]
+            for place in range(now[layer] + 1, len(ways)):
+                _, saved, damage = ways[place]
+                ratio = (saved - before[0]) / max(damage - before[1], 1e-9)
+                if saved > before[0] and ratio > best:
+                    best, step = ratio, (layer, place)
+        if step is None:
+            return path
+        now[step[0]] = step[1]
+        path.append({**path[-1], step[0]: options[step[0]][step[1]][0]})
+
+
+def find_boldest(
+    trial: WaysTried,
+    path: list[Thresholds],
+    batches: Numbered,
+    budget: float,
+    z: float,
+) -> list[Thresholds]:
+    """Find the boldest way on the path that is within the budget, and add what else is; returns the steps to it."""
+    low, high = 0, len(path) - 1
+    while low < high:
+        middle = (low + high + 1) // 2
+        if trial.run(path[middle], batches)[0].upper(z) <= budget:
+            low = middle
+        else:
+            high = middle - 1
+    steps = path[: low + 1]
+    for earlier, later in list(zip(path[low:], path[low + 1 :], strict=False))[1 : 1 + _MORE]:
+        # The next step is too much; a later one, of another layer, may not be.
+        added = {layer: value for layer, value in later.items() if earlier.get(layer) != value}
+        bolder = {**steps[-1], **added}
+        if trial.run(bolder, batches)[0].upper(z) <= budget:
+            steps.append(bolder)
+    return steps
+
+
+def confirm(
+    trial: WaysTried,
+    steps: list[Thresholds],
+    batches: Numbered,
+    budget: float,
+    z: float,
+) -> tuple[Thresholds, float, Change]:
+    """Take the choice back, step by step, until other data confirms it."""
+    for thresholds in reversed(steps[1:]):
+        change, rate = trial.run(thresholds, batches)
+        if change.upper(z) <= budget:
+            return thresholds, rate, change
+    return {}, 0.0, Change(0.0, 0.0, 0.0, 0)
+
+
+def count_sequences(batches: Sequence[Mapping[str, Any]]) -> int:
+    """Count the sequences of batches."""
+    return sum(batch_shape(batch)[0] for batch in batches)
