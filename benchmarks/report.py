@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import report_backends, report_memo, targets
+from benchmarks import report_backends, report_memo, report_quality, targets
 from benchmarks.targets import Results, Row
 
 ROOT = Path(__file__).parent.parent
@@ -251,19 +251,25 @@ def _memo(results: Results) -> str:
     ]
     for title, header, lines in [*report_memo.models(results), *report_memo.breakdowns(results)]:
         text.append(f"{title}:\n\n{table(header, lines)}")
-    if measured := report_memo.quality(results):
-        first = targets.rows(results, "quality")[0]
-        text.append(
-            f"What reuse does to real classifiers (`benchmarks/memo_quality.py`): {first['recorded']} sentences of "
-            f"SST-2 recorded, {first['tried']} others tried, L = 64, every layer memoized; one lookup a layer beside "
-            f"one a sequence, at each level:\n\n{table(*measured)}"
-        )
     return "\n\n".join(text)
+
+
+def _quality(results: Results, images: Sequence[tuple[str, str]]) -> str:
+    """Return the tables and plots of reuse in real models."""
+    found = report_quality.text(results, table, images)
+    if not found:
+        return NOT_MEASURED
+    return (
+        "`benchmarks/memo_quality.py`. What is recorded, calibrated with, tuned with and tried are different "
+        "sequences. At a budget, what is called random, mean and most similar replaces exactly what the nearest "
+        "record replaces; the condensed store is tuned for itself. Changes are against the plain model, with paired "
+        f"bootstrap intervals.\n\n{found}"
+    )
 
 
 def page(results: Results, images: Sequence[tuple[str, str]]) -> str:
     """Return docs/performance.md."""
-    drawn = "\n\n".join(f"![{title}](images/{name})" for title, name in images)
+    drawn = "\n\n".join(f"![{title}](images/{name})" for title, name in images if name.startswith("gather"))
     time = ["ms"]
     sections: list[tuple[str, Any]] = [
         ("What has to be shown", f"{_targets(results)}\n\n{_machine(results)}"),
@@ -299,6 +305,9 @@ def page(results: Results, images: Sequence[tuple[str, str]]) -> str:
             ),
         ),
         ("Memoized models", _memo(results)),
+        ("What reuse does to real models", _quality(results, images)),
+        ("Embedders", report_quality.embedders(results, table) or NOT_MEASURED),
+        ("A build, and one that is killed", report_quality.build(results, table) or NOT_MEASURED),
         (
             "Products",
             "`benchmarks/test_product.py`. Stored probabilities times V, batch 8, 12 heads of 64: gather, product, and "
@@ -331,7 +340,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given.docs.mkdir(parents=True, exist_ok=True)
     from benchmarks.plots import draw  # matplotlib takes a while to import
 
-    images = draw(results, given.docs / "images")
+    images = [*draw(results, given.docs / "images"), *report_quality.draw(results, given.docs / "images")]
     (given.docs / "performance.md").write_text(page(results, images))
     report_backends.write(results, given.docs / "backends.md")
     print(targets.as_text(results))

@@ -54,22 +54,6 @@ def breakdowns(results: Results) -> list[tuple[str, list[str], list[list[str]]]]
     return tables
 
 
-def quality(results: Results) -> tuple[list[str], list[list[str]]] | None:
-    """Return header and lines of what reuse did to real classifiers; None: not measured."""
-    found = targets.rows(results, "quality")
-    if not found:
-        return None
-    lines = []
-    for row in found:
-        plain = row["level"] is None
-        way = (
-            [row["model"], "plain"] if plain else [row["model"], f"{row['target']}, by {row['lookup']}, {row['level']}"]
-        )
-        shares = (row["memoization_rate"], row["accuracy"], row["agreement"], row["speedup_vs_plain"])
-        lines.append([*way, *("" if share is None else f"{share:.3f}" for share in shares)])
-    return ["model", "", "memoization rate", "accuracy", "agreement", "speed-up"], lines
-
-
 def as_text(results: Results) -> str:
     """Return all tables as text, for the end of a run."""
     parts = []

@@ -312,7 +312,7 @@ def test_doubt_makes_it_careful(built: Path) -> None:
     model = tiny_model()
     # All of 108 agree; one of them might not have: with 80 % that is 0.8 points at most, with 99.9 % 2.9.
     assert not mt.tune(model, known(), built, budget=1.0, metric="agreement").declined
-    with pytest.raises(mt.InvalidBatchError, match="620 sequences or more.*216 found"):
+    with pytest.raises(mt.InvalidBatchError, match=r"620 sequences or more.*216 found"):
         mt.tune(model, known(), built, budget=1.0, metric="agreement", confidence=0.999)
     assert not mt.tune(model, known(), built, budget=3.0, metric="agreement", confidence=0.999).declined
     assert not mt.tune(model, known(), built, budget=1.0, metric="agreement", confidence=0.5).declined
