@@ -1,104 +1,151 @@
-"""What reuse does to a real classifier: both targets, both ways to look up, all levels, beside the plain model.
+"""What reuse does to real models: tuned for several budgets, every kind beside its controls, on data of its own.
 
-Run: ``MEMODB_EVAL_DATA=... python -m benchmarks.memo_quality`` (half an hour; with ``--recorded 2000 --tried 300
---repeats 1`` a few minutes); ``--quick`` tries it.
+Run: ``MEMODB_EVAL_DATA=... python -m benchmarks.memo_quality --keep FOLDER TASK ...`` (10 to 20 minutes a task;
+without a name, all of them), then, on a machine that does nothing else, ``... --keep FOLDER --times TASK ...`` (a few
+minutes each); ``--quick`` tries one with few sequences and writes nothing.
 
-MEMODB_EVAL_DATA names a folder with ``models/minilm-sst2``, ``models/debertav2-sst2`` and ``data/sst2``. Writes
-``benchmarks/results/quality.json``; every layer is memoized, so that hit rates can be compared.
+The data are as ``memo_data.py`` names them. Writes ``benchmarks/results/quality-TASK.json`` and ``times-TASK.json``.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
+import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 import torch
-import transformers
 
 import memodb_transformers as mt
 from benchmarks.machine import machine_facts
+from benchmarks.memo_data import TASKS, Batches, Task, load_batches, load_model
 from benchmarks.memo_models import two_threads
 from benchmarks.race import scratch
-from memodb_transformers.data import read_text, to_batches
+from memodb_transformers.card import ModelCard
+from memodb_transformers.sites import find_memoizable
+from memodb_transformers.store import open_store, write_tuned
+from memodb_transformers.tuning import tune_budgets
 
-MODELS = ("minilm-sst2", "debertav2-sst2")
-PADDED, BATCH = 64, 32
-TARGETS = (("probs", "float16"), ("context", "float16"))
+#: Everything but the oracle, which compares with every record and is asked for once.
+KINDS = ("plain", "random", "mean", "nearest", "condensed")
 
 
-def measure(root: Path, name: str, recorded: int, tried: int, repeats: int) -> list[dict[str, Any]]:
-    """Build a store of each target, and evaluate each way to look up."""
-    folder = root / "models" / name
-    model = transformers.AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32).eval()
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    known, new = (
-        to_batches(
-            tokenizer,
-            *read_text(root / "data" / "sst2" / file, count),
-            padded_length=PADDED,
-            batch_size=BATCH,
+def measure(task: Task, keep: Path | None, *, quick: bool) -> dict[str, Any]:
+    """Build a store and its condensed ones, tune both for all budgets, evaluate every kind at each."""
+    model = load_model(task)
+    recorded, profiled, tuned, tried = load_batches(task, quick=quick)
+    budgets = task.budgets[:1] if quick else task.budgets
+    rows: list[dict[str, Any]] = []
+    stores: list[dict[str, Any]] = []
+    choices: dict[str, list[dict[str, Any]]] = {}
+    with scratch() as place:
+        built = mt.build(
+            model, recorded, place / "nearest", embedder="separable", store_dtype="bfloat16", profile=False
         )
-        for file, count in (("train.tsv", recorded), ("dev.tsv", tried))
-    )
-    rows = []
-    for target, store_dtype in TARGETS:
-        with scratch() as place:
-            mt.build(model, known, place / "store", target=target, store_dtype=store_dtype)
-            for lookup in ("layer", "sequence"):
-                report = mt.evaluate(
-                    model,
-                    new,
-                    place / "store",
-                    kinds=("plain", "nearest"),
-                    layers="all",
-                    lookup=lookup,
-                    similarity=False,
-                    repeats=repeats,
-                )
-                for row in report.rows:
-                    if row["level"] is not None or not rows:
-                        rows.append(
-                            {
-                                "model": name,
-                                "target": target,
-                                "lookup": lookup,
-                                "recorded": recorded,
-                                "tried": tried,
-                                **row,
-                            }
-                        )
-    return rows
+        stores.append({"kind": "nearest", "records": built.records, "bytes": built.bytes, "seconds": built.seconds})
+        for means in task.means:
+            made = mt.condense(place / "nearest", place / f"means-{means}", records_per_namespace=means)
+            stores.append(
+                {"kind": f"means-{means}", "records": made.records, "bytes": made.bytes, "seconds": made.seconds}
+            )
+        several, fewest = place / f"means-{task.means[0]}", place / f"means-{task.means[-1]}"
+        for path in (place / "nearest", several):
+            choices[path.name] = _tune(model, path, profiled, tuned, budgets)
+        for number, budget in enumerate(budgets):
+            for path in (place / "nearest", several):
+                write_tuned(path, choices[path.name][number])
+            found = mt.evaluate(
+                model, tried, place / "nearest", levels=["tuned"], kinds=KINDS, condensed=several, repeats=1,
+                similarity=False,
+            )  # fmt: skip
+            rows += _told(found, budget)
+        if keep is not None:
+            shutil.rmtree(keep, ignore_errors=True)
+            keep.mkdir(parents=True)
+            for number, budget in enumerate(budgets):
+                mt.copy(several, keep / f"budget-{budget:g}")
+                write_tuned(keep / f"budget-{budget:g}", choices[several.name][number])
+        # Without a guard: every layer, and every sequence for which anything was recorded.
+        found = mt.evaluate(
+            model, tried, place / "nearest", levels=[0.0], kinds=KINDS, condensed=several, layers="all", repeats=1
+        )
+        rows += _told(found, None)
+        if fewest != several:
+            mt.profile(model, profiled, fewest)
+            found = mt.evaluate(model, tried, fewest, levels=[0.0], kinds=["condensed"], layers="all", repeats=1)
+            rows += _told(found, None, "one mean")
+        if task.data == "sst2":
+            middle = len(budgets) // 2
+            write_tuned(place / "nearest", choices["nearest"][middle])
+            found = mt.evaluate(model, tried, place / "nearest", levels=["tuned"], kinds=["oracle"], repeats=1)
+            rows += _told(found, budgets[middle])
+    assert built.training is not None
+    return {"rows": rows, "stores": stores, "tuned": choices, "training": built.training.to_dict()}
+
+
+def _tune(model: Any, path: Path, profiled: Batches, tuned: Batches, budgets: Sequence[float]) -> list[dict[str, Any]]:
+    mt.profile(model, profiled, path)
+    sites = find_memoizable(model)
+    with open_store(path, ModelCard.of(sites)) as store:
+        return [report.to_dict() for report in tune_budgets(model, sites, store, tuned, budgets=budgets)]
+
+
+def _told(report: mt.EvaluationReport, budget: float | None, name: str | None = None) -> list[dict[str, Any]]:
+    rows = report.to_dict()["rows"]
+    return [{**row, "kind": name or row["kind"], "budget": budget, "sequences": report.sequences} for row in rows]
+
+
+def measure_times(task: Task, keep: Path) -> dict[str, Any]:
+    """Time the tuned condensed stores, end to end beside the plain model."""
+    model = load_model(task)
+    _, profiled, _, tried = load_batches(task)
+    rows: list[dict[str, Any]] = []
+    stats = {}
+    for budget in task.budgets:
+        path = keep / f"budget-{budget:g}"
+        chosen = json.loads((path / "transformers" / "tuned.json").read_text())
+        mt.profile(model, profiled, path)
+        write_tuned(path, chosen)
+        found = mt.evaluate(
+            model, tried, path, levels=["tuned"], kinds=["plain", "condensed"], repeats=5, similarity=False
+        )
+        rows += _told(found, budget)
+        stats[f"{budget:g}"] = found.stats
+    return {"rows": rows, "stats": stats}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure all models and write the results."""
+    """Measure tasks and write their results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="few sentences, nothing written")
-    parser.add_argument("--recorded", type=int, default=6000, help="sentences of the training set in the store")
-    parser.add_argument("--tried", type=int, default=872, help="sentences of the development set")
-    parser.add_argument("--repeats", type=int, default=3, help="timed passes")
+    parser.add_argument("tasks", nargs="*", help=f"of {', '.join(TASKS)}; default: all")
+    parser.add_argument("--keep", type=Path, help="where the tuned stores are kept, to be timed")
+    parser.add_argument("--times", action="store_true", help="time the stores that were kept")
+    parser.add_argument("--threads", type=int, default=2, help="of torch, where nothing is timed (default 2)")
+    parser.add_argument("--quick", action="store_true", help="few sequences, nothing written")
     given = parser.parse_args(arguments)
-    quick = given.quick
-    data = os.environ.get("MEMODB_EVAL_DATA")
-    if not data:
-        print("memo_quality: MEMODB_EVAL_DATA names no folder with models and data", file=sys.stderr)
-        return 1
-    results = []
-    with two_threads():
-        for name in MODELS:
-            sizes = (200, 64, 1) if quick else (given.recorded, given.tried, given.repeats)
-            results += measure(Path(data), name, *sizes)
-    written = {"machine": machine_facts(), "profile": "full", "results": results}
-    text = json.dumps(written, indent=1) + "\n"
-    if quick:
-        print(text)
-    else:
-        (Path(__file__).with_name("results") / "quality.json").write_text(text)
+    if given.times and not given.keep:
+        parser.error("--times needs --keep")
+    for name in given.tasks or TASKS:
+        began = perf_counter()
+        keep = given.keep / name if given.keep else None
+        with two_threads():
+            if given.times:
+                results = measure_times(TASKS[name], keep)
+            else:
+                torch.set_num_threads(given.threads)
+                results = measure(TASKS[name], keep, quick=given.quick)
+        kind = "times" if given.times else "quality"
+        written = {"machine": machine_facts(), "profile": "full", "task": name, "results": [results]}
+        text = json.dumps(written, indent=1) + "\n"
+        if given.quick:
+            print(text)
+        else:
+            (Path(__file__).with_name("results") / f"{kind}-{name}.json").write_text(text)
+        print(f"{kind} {name}: {perf_counter() - began:.0f} s", file=sys.stderr)
     return 0
 
 

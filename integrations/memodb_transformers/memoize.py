@@ -286,7 +286,8 @@ def memoize(
         The memo store.
     level
         ``"conservative"``, ``"moderate"`` or ``"aggressive"``: reuse where a similarity (Eq. 1) of at least 0.9, 0.8
-        or 0.75 is predicted; or that similarity itself, a number from 0 to 1.
+        or 0.75 is predicted; or that similarity itself, a number from 0 to 1. ``"tuned"``: the layers and thresholds
+        that :func:`memodb_transformers.tune` chose, for the way to look up that it chose them for.
     threshold
         Largest squared L2 distance of keys, for all layers, instead of a level.
     layers
@@ -313,7 +314,8 @@ def memoize(
     ------
     UnsupportedModelError, StoreMismatchError
         The model is of no supported family, or not the one of the store; the store has no profile and none can be
-        done without; ``length_tolerance`` with a store of contexts, which cannot be cut.
+        done without, or was not tuned, or for another ``lookup``; ``length_tolerance`` with a store of contexts, which
+        cannot be cut; ``lookup="sequence"`` with one that was condensed by layer.
     MemoizationActiveError
         The model is memoized already.
     ValueError

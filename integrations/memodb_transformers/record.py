@@ -35,7 +35,7 @@ from .sites import ModelSites, find_memoizable
 from .store import MEMO_FILES, open_store, read_profile, record_shape, write_store
 from .training import TRAINED, LayerTraining, TrainingReport, assemble, split_known, train_layer
 from .tune_report import TuneReport
-from .tuning import FEWEST_TUNED, check_budget, tune_store
+from .tuning import check_budget, fewest_tuned, tune_store
 from .work import Work, fingerprint
 
 __all__ = ["BuildReport", "build"]
@@ -155,10 +155,11 @@ def build(
     if root.is_symlink() or (root.exists() and (not root.is_dir() or any(root.iterdir()))):
         raise memodb.StoreExistsError(f"{root} exists: choose another path, or remove it first")
     shares, longer = share_out(batches, lengths, profile=profile, tune=budget is not None)
-    if budget is not None and not any(_tunable(share) for share in shares.values()):
+    if budget is not None and not any(_tunable(share, budget) for share in shares.values()):
         raise InvalidBatchError(
-            f"expected so many sequences that a tenth of them, {FEWEST_TUNED} or more, can be kept out to tune with; "
-            f"found {max(share.sequences for share in shares.values())} to record"
+            f"expected so many sequences that a tenth of them, {fewest_tuned(budget)} or more, can be kept out to tune "
+            f"with for a budget of {budget:g}; found {max(share.seen for share in shares.values())} in all: give more, "
+            "a larger budget, or build without one and tune afterwards"
         )
     for share in shares.values():
         _check_embedder(embedder, share.padded_length, sites, key_dim, seed)
@@ -202,9 +203,8 @@ def build(
             raise InvalidBatchError("expected a sequence whose hidden states are finite; found none")
         skipped = longer + sum(report.skipped for report in made)
         report = _total(root, made, skipped, perf_counter() - began, buckets=bool(lengths))
-        for length, part in zip(shares, made, strict=True):
-            told = replace(part, path=str(root / f"L={length}") if lengths else str(root))
-            write_json(work.store(length) / MEMO_FILES / "build.json", told.to_dict())
+        for length, part in zip(shares, report.buckets or [report], strict=True):
+            write_json(work.store(length) / MEMO_FILES / "build.json", part.to_dict())
         work.finish(shares, buckets=bool(lengths))
     return report
 
@@ -398,7 +398,7 @@ class _Build:
 
     def _tune(self, embedder: Embedder) -> TuneReport | None:
         budget = self._settings["budget"]
-        if budget is None or not _tunable(self._share):
+        if budget is None or not _tunable(self._share, budget):
             return None
 
         def choose() -> dict[str, Any]:
@@ -416,17 +416,17 @@ class _Build:
         return TuneReport.from_dict(self._stage("tune", choose))
 
 
-def _tunable(share: Share) -> bool:
-    return sum(batch_shape(batch)[0] for batch in share.tuned) >= FEWEST_TUNED
+def _tunable(share: Share, budget: float) -> bool:
+    return sum(batch_shape(batch)[0] for batch in share.tuned) >= fewest_tuned(budget)
 
 
 def _total(root: Path, reports: list[BuildReport], skipped: int, seconds: float, *, buckets: bool) -> BuildReport:
+    reports = [_moved(report, root / Path(report.path).name if buckets else root) for report in reports]
     if not buckets:
-        return replace(reports[0], path=str(root), skipped=skipped, seconds=seconds)
+        return replace(reports[0], skipped=skipped, seconds=seconds)
     sums = {
         name: sum(getattr(report, name) for report in reports) for name in ("sequences", "held_out", "records", "bytes")
     }
-    parts = tuple(replace(report, path=str(root / Path(report.path).name)) for report in reports)
     return replace(
         reports[-1],
         path=str(root),
@@ -437,9 +437,15 @@ def _total(root: Path, reports: list[BuildReport], skipped: int, seconds: float,
         condensed=None,
         tuned=None,
         stages=(),
-        buckets=parts,
+        buckets=tuple(reports),
         **sums,
     )
+
+
+def _moved(report: BuildReport, path: Path) -> BuildReport:
+    """Tell of a store where it will be, not where it was built."""
+    condensed = report.condensed and replace(report.condensed, source="", path=str(path))
+    return replace(report, path=str(path), condensed=condensed)
 
 
 def _data(shares: Mapping[int, Share]) -> Iterable[Any]:

@@ -105,9 +105,10 @@ class TrainingReport:
         """Return the report as Markdown."""
         header = ("layer", "found", "random projection", "best there is", "mean record", "epochs", "seconds")
         rows = [(r.layer, r.found, r.untrained, r.oracle, r.mean, r.epochs, r.seconds) for r in self.layers]
+        tested = max((row.tested for row in self.layers), default=0)
         note = (
-            f"Embedder {self.kind!r}, {self.parameters} parameters, trained on {self.sequences} sequences; similarity "
-            f"(Eq. 1) of what is found, for {self.layers[0].tested if self.layers else 0} others.\n"
+            f"Embedder {self.kind!r}, {self.parameters} parameters, from a sample of {self.sequences} sequences. "
+            f"Similarity (Eq. 1) of what is found, for the {tested} of them that it was not trained on.\n"
         )
         return markdown_table(header, rows) + "\n" + note
 

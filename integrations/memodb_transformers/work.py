@@ -14,6 +14,7 @@ import json
 import os
 import resource
 import shutil
+import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ import numpy as np
 import torch
 
 import memodb
+from memodb.safe import Guard
 
 from .errors import UnfinishedBuildError
 
@@ -85,10 +87,13 @@ class Work:
         ------
         UnfinishedBuildError
             An unfinished build of other data or settings lies there.
+        memodb.UnsafePathError
+            The folder is somebody else's, or others may write it.
         memodb.WriterLockedError
             Another process is building there.
         """
         self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        _check_own(self.folder)
         descriptor = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
         try:
             self._claim(descriptor)
@@ -140,7 +145,8 @@ class Work:
         """Write into the journal; what is written is there as a whole or not at all."""
         self._journal["done"][key] = json.loads(json.dumps(value))
         draft = self.folder / f"{_JOURNAL}.tmp"
-        draft.write_text(json.dumps(self._journal, indent=1) + "\n")
+        draft.unlink(missing_ok=True)
+        Guard.of(self.folder).write(draft, (json.dumps(self._journal, indent=1) + "\n").encode())
         os.replace(draft, self.folder / _JOURNAL)
 
     def noted(self, key: str) -> Any:
@@ -184,7 +190,7 @@ class Work:
             self.note("begun", value=True)
             return
         try:
-            journal = json.loads(file.read_text())
+            journal = json.loads(Guard.of(self.folder).read(file))
             settings, done = journal["settings"], journal["done"]
         except (OSError, KeyError, TypeError, ValueError) as error:
             raise UnfinishedBuildError(f"{file} is damaged ({error!r}): remove {self.folder}") from error
@@ -195,6 +201,16 @@ class Work:
                 "then, or remove that folder"
             )
         self._journal = {"settings": settings, "done": dict(done)}
+
+
+def _check_own(folder: Path) -> None:
+    """See that nobody else can put anything into the folder: what lies in it is gone on with."""
+    found = os.lstat(folder)
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid() or found.st_mode & 0o022:
+        raise memodb.UnsafePathError(
+            f"expected {folder} to be a directory of this user that nobody else may write, for a build to go on in; "
+            f"found {stat.filemode(found.st_mode)} of user {found.st_uid}: remove it, or choose another path"
+        )
 
 
 def fingerprint(values: Iterable[Any]) -> str:
