@@ -122,8 +122,8 @@ def embedders(results: Results, table: Table) -> str | None:
     header = ["", "similarity found", "parameters, L=64", "L=512"]
     header += [f"ms, L={padded}, batch {batch}" for padded in (64, 128, 512) for batch in (8, 32)]
     return (
-        "`benchmarks/memo_embedders.py`. Similarity (Eq. 1) of the record whose key is nearest, mean over the layers of "
-        "minilm-sst2, for SST-2 sentences that were not trained on; the most similar record there is would have "
+        "`benchmarks/memo_embedders.py`. Similarity (Eq. 1) of the record whose key is nearest, mean over the layers "
+        "of minilm-sst2, for SST-2 sentences that were not trained on; the most similar record there is would have "
         f"{found['oracle']:.4f}, the mean of all records of the length {found['mean_record']:.4f}. Times of one layer, "
         f"hidden size 384.\n\n{table(header, lines)}"
     )

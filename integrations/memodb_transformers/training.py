@@ -32,7 +32,9 @@ DEFAULT_EPOCHS = 30
 _ANCHORS = 16
 _PARTNERS = 3
 _NEAREST = 8
+# Training ends when so many passes, and so many steps, have brought nothing.
 _PATIENCE = 4
+_PATIENT_STEPS = 200
 _TESTED = 5  # every fifth sequence of a sample tests what the others taught
 _RATE = {"mlp": 3e-4, "separable": 1e-3}
 _WIDTH = 128
@@ -176,6 +178,7 @@ def _train(
         best = trainee.copy()
     if len(anchors) and tests:
         random = np.random.default_rng(seed + layer)
+        patience = max(_PATIENCE, -(-_PATIENT_STEPS * _ANCHORS // len(anchors)))
         score, waited = retrieval(trainee.embed(sample), sample) or 0.0, 0
         optimizer = torch.optim.AdamW(trainee.parameters, lr=_RATE[kind], weight_decay=1e-2)
         with torch.enable_grad():
@@ -191,7 +194,7 @@ def _train(
                     best, score, waited = trainee.copy(), now, 0
                 else:
                     waited += 1
-                    if waited == _PATIENCE:
+                    if waited >= patience:
                         break
     trainee.restore(best)
     arrays = trainee.folded()

@@ -201,4 +201,5 @@ def test_the_report_tells_each_stage(path: Path) -> None:
     model = tiny_model()
     with mt.memoize(model, path, threshold=1e9, layers="all") as memo:
         logits(model, data()[0])
-    assert memo.stats()["memoization_rate"] == 1.0
+    # The fifth sequence of ten was kept out to tune with, and no other has seven tokens.
+    assert memo.stats()["memoization_rate"] == 0.9
