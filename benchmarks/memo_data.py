@@ -39,6 +39,10 @@ class Task:
         Of the tuner: points of accuracy, or percent of perplexity.
     means
         Records of a layer and length of the condensed stores; the first is tuned.
+    controls
+        Whether every kind is evaluated; otherwise the condensed store alone, beside the plain model.
+    oracle
+        Whether the most similar record of all is looked for, once.
     """
 
     model: str
@@ -51,15 +55,17 @@ class Task:
     tried: int
     budgets: tuple[float, ...]
     means: tuple[int, ...]
-    quick: tuple[int, int, int, int] = field(default=(128, 32, 64, 64))
+    controls: bool = True
+    oracle: bool = False
+    quick: tuple[int, int, int, int] = field(default=(128, 32, 192, 64))
 
 
 TASKS = {
-    "sst2-minilm": Task("minilm-sst2", "sst2", 64, 32, 6000, 256, 1024, 0, (1.0, 3.0, 6.0), (4, 1)),
-    "sst2-debertav2": Task("debertav2-sst2", "sst2", 64, 32, 6000, 256, 1024, 0, (1.0, 3.0, 6.0), (4, 1)),
+    "sst2-minilm": Task("minilm-sst2", "sst2", 64, 32, 5000, 256, 1024, 0, (1.0, 3.0, 6.0), (4, 1), oracle=True),
+    "sst2-debertav2": Task("debertav2-sst2", "sst2", 64, 32, 4000, 256, 1024, 0, (1.0, 3.0, 6.0), (4,)),
     "stories-256": Task("stories260k-llama", "stories", 256, 16, 300, 48, 64, 100, (1.0, 5.0, 20.0), (8, 1)),
     "stories-512": Task("stories260k-llama", "stories", 512, 16, 300, 48, 64, 100, (1.0, 5.0, 20.0), (8, 1)),
-    "reviews-512": Task("minilm-sst2", "movie_reviews", 512, 16, 200, 64, 256, 200, (1.0,), (4,)),
+    "reviews-512": Task("minilm-sst2", "movie_reviews", 512, 16, 200, 64, 192, 200, (1.0,), (4,), controls=False),
 }
 
 

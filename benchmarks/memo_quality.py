@@ -53,15 +53,17 @@ def measure(task: Task, keep: Path | None, *, quick: bool) -> dict[str, Any]:
                 {"kind": f"means-{means}", "records": made.records, "bytes": made.bytes, "seconds": made.seconds}
             )
         several, fewest = place / f"means-{task.means[0]}", place / f"means-{task.means[-1]}"
-        for path in (place / "nearest", several):
+        tuned_stores = (place / "nearest", several) if task.controls else (several,)
+        for path in tuned_stores:
             choices[path.name] = _tune(model, path, profiled, tuned, budgets)
+        first = (place / "nearest") if task.controls else several
+        settings: dict[str, Any] = {"kinds": ["plain", "condensed"]}
+        if task.controls:
+            settings = {"kinds": KINDS, "condensed": several}
         for number, budget in enumerate(budgets):
-            for path in (place / "nearest", several):
+            for path in tuned_stores:
                 write_tuned(path, choices[path.name][number])
-            found = mt.evaluate(
-                model, tried, place / "nearest", levels=["tuned"], kinds=KINDS, condensed=several, repeats=1,
-                similarity=False,
-            )  # fmt: skip
+            found = mt.evaluate(model, tried, first, levels=["tuned"], repeats=1, similarity=False, **settings)
             rows += _told(found, budget)
         if keep is not None:
             shutil.rmtree(keep, ignore_errors=True)
@@ -70,15 +72,13 @@ def measure(task: Task, keep: Path | None, *, quick: bool) -> dict[str, Any]:
                 mt.copy(several, keep / f"budget-{budget:g}")
                 write_tuned(keep / f"budget-{budget:g}", choices[several.name][number])
         # Without a guard: every layer, and every sequence for which anything was recorded.
-        found = mt.evaluate(
-            model, tried, place / "nearest", levels=[0.0], kinds=KINDS, condensed=several, layers="all", repeats=1
-        )
+        found = mt.evaluate(model, tried, first, levels=[0.0], layers="all", repeats=1, **settings)
         rows += _told(found, None)
         if fewest != several:
             mt.profile(model, profiled, fewest)
             found = mt.evaluate(model, tried, fewest, levels=[0.0], kinds=["condensed"], layers="all", repeats=1)
             rows += _told(found, None, "one mean")
-        if task.data == "sst2":
+        if task.oracle:
             middle = len(budgets) // 2
             write_tuned(place / "nearest", choices["nearest"][middle])
             found = mt.evaluate(model, tried, place / "nearest", levels=["tuned"], kinds=["oracle"], repeats=1)
