@@ -36,12 +36,13 @@ from .performance import LayerProfile, ProfileReport
 from .profiling import profile
 from .record import BuildReport, build
 from .separable import Separable
-from .similarity import memoization_rate, similarity_score
+from .similarity import best_records, memoization_rate, similarity_matrix, similarity_score
 from .thresholds import LEVELS
-from .training import TrainingReport
+from .training import LayerTraining, TrainingReport
 from .transfer import copy
 from .tune_report import TuneReport
 from .tuning import tune
+from .work import Stage
 
 __all__ = [
     "LEVELS",
@@ -53,17 +54,20 @@ __all__ = [
     "GradientUnavailableError",
     "InvalidBatchError",
     "LayerProfile",
+    "LayerTraining",
     "LinearMLP",
     "Memo",
     "MemoizationActiveError",
     "ProfileReport",
     "RandomProjection",
     "Separable",
+    "Stage",
     "StoreMismatchError",
     "TrainingReport",
     "TuneReport",
     "UnfinishedBuildError",
     "UnsupportedModelError",
+    "best_records",
     "build",
     "condense",
     "copy",
@@ -72,6 +76,7 @@ __all__ = [
     "memoization_rate",
     "memoize",
     "profile",
+    "similarity_matrix",
     "similarity_score",
     "tune",
 ]

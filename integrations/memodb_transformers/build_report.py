@@ -22,8 +22,8 @@ class BuildReport:
     Attributes
     ----------
     sequences, held_out, skipped
-        Sequences recorded; kept for the profile; left out because their tokens have holes, their hidden states are
-        not finite, or they are longer than all buckets.
+        Sequences recorded; kept out, for the profile and the tuner; left out because their tokens have holes, their
+        hidden states are not finite, or they are longer than all buckets.
     layers, records
         Attention layers, and records: one for each layer and sequence.
     record_shape, store_dtype

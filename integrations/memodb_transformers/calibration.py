@@ -13,16 +13,18 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from transformers import PreTrainedModel
 
-from .capture import Visit
+from .capture import Visit, attention_implementation, attention_visits
 from .embedding import make_keys
 from .forward import Ints, Spans, roll_front
 from .lookup import Found, find
 from .recorder import canonical
 from .similarity import context_similarities, similarity_scores
+from .sites import ModelSites
 from .store import MemoStore
 
-__all__ = ["Calibration"]
+__all__ = ["Calibration", "find_self_hits"]
 
 # Squared distance of a key to itself, as a share of its squared length: hidden states of one sequence differ in their
 # last digits from batch to batch. Distances that faiss computes by the norms are coarser than this.
@@ -63,7 +65,7 @@ class Calibration:
         scores = _similarities(own, spans, found.ids, store)
         if layer == 0:
             usable = spans.lengths > 0
-            themselves = self._find_themselves(visit.hidden, spans, found, scores)
+            themselves = _find_themselves(store, visit.hidden, spans, found, scores)
             self._first, self._counted = found, np.flatnonzero(usable & ~themselves)
             self.self_hits += int(themselves.sum())
         first = self._first
@@ -82,26 +84,45 @@ class Calibration:
             "sequence_similarities": tuple(sequence.similarities),
         }
 
-    def _find_themselves(
-        self, hidden: Tensor, spans: Spans, found: Found, scores: NDArray[np.float64]
-    ) -> NDArray[np.bool_]:
-        """Tell which rows found their own record at the first layer: bool ``[n]``.
 
-        There a hidden state depends on the sequence alone. An embedder may give different sequences one key, so the
-        record has to be the same, too.
-        """
-        themselves = np.zeros(len(spans), dtype=np.bool_)
-        rows = np.flatnonzero(found.ids >= 0)
-        if not len(rows):
-            return themselves
-        store = self._store
-        keys = make_keys(store.embedder, 0, roll_front(hidden, spans.starts), torch.from_numpy(spans.lengths))
-        own = keys[rows].astype(np.float64)
-        apart = ((own - store.db.keys(found.ids[rows])) ** 2).sum(axis=1)
-        rounded = max(4 * torch.finfo(hidden.dtype).eps, torch.finfo(getattr(torch, store.store_dtype)).eps)
-        similar = scores[rows] >= 1.0 - max(_SAME_RECORD, rounded)
-        themselves[rows] = (apart <= _SAME_KEY * (own**2).sum(axis=1)) & similar
+def find_self_hits(
+    model: PreTrainedModel, sites: ModelSites, store: MemoStore, inputs: dict[str, Any], spans: Spans
+) -> NDArray[np.bool_]:
+    """Tell which sequences of a batch the store holds, bool ``[n]``; the model is run once, with eager attention."""
+    themselves = np.zeros(len(spans), dtype=np.bool_)
+
+    def visit(visit: Visit) -> None:
+        if visit.site.layer == 0:
+            found = find(store, 0, visit.hidden, spans)
+            own = canonical(visit, spans, store.padded_length, store.target).cpu()
+            scores = _similarities(own, spans, found.ids, store)
+            themselves[:] = _find_themselves(store, visit.hidden, spans, found, scores)
+
+    asked = store.target == "probs"
+    with attention_implementation(model, "eager"), attention_visits(sites, visit, probabilities=asked):
+        model(**inputs)
+    return themselves
+
+
+def _find_themselves(
+    store: MemoStore, hidden: Tensor, spans: Spans, found: Found, scores: NDArray[np.float64]
+) -> NDArray[np.bool_]:
+    """Tell which rows found their own record at the first layer: bool ``[n]``.
+
+    There a hidden state depends on the sequence alone. An embedder may give different sequences one key, so the
+    record has to be the same, too.
+    """
+    themselves = np.zeros(len(spans), dtype=np.bool_)
+    rows = np.flatnonzero(found.ids >= 0)
+    if not len(rows):
         return themselves
+    keys = make_keys(store.embedder, 0, roll_front(hidden, spans.starts), torch.from_numpy(spans.lengths))
+    own = keys[rows].astype(np.float64)
+    apart = ((own - store.db.keys(found.ids[rows])) ** 2).sum(axis=1)
+    rounded = max(4 * torch.finfo(hidden.dtype).eps, torch.finfo(getattr(torch, store.store_dtype)).eps)
+    similar = scores[rows] >= 1.0 - max(_SAME_RECORD, rounded)
+    themselves[rows] = (apart <= _SAME_KEY * (own**2).sum(axis=1)) & similar
+    return themselves
 
 
 class _Pairs:

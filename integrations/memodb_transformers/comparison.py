@@ -43,6 +43,8 @@ class EvaluationReport:
         ``stats`` of all kinds.
     confidence
         Of the intervals.
+    self_hits
+        Sequences that the store holds: on these, everything but the plain model flatters.
     """
 
     rows: tuple[dict[str, Any], ...]
@@ -52,6 +54,7 @@ class EvaluationReport:
     main: str | None
     stats_by_kind: dict[str, dict[str, dict[str, Any]]]
     confidence: float
+    self_hits: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as plain types."""
@@ -73,6 +76,11 @@ class EvaluationReport:
             f"{self.sequences} sequences, {self.repeats} timed passes. Changes are from the plain model. Intervals: "
             f"{100 * self.confidence:g} %, bootstrap over sequences, the same ones drawn for all rows.\n"
         )
+        if self.self_hits:
+            note += (
+                f"\n**{self.self_hits} of these sequences are in the store**: they find themselves, and the figures "
+                "flatter. Evaluate on other data.\n"
+            )
         return "\n".join([markdown_table(header, lines), note, *self._by_layer()])
 
     def _by_layer(self) -> list[str]:
@@ -92,7 +100,7 @@ class EvaluationReport:
 
 
 def make_report(
-    trials: Sequence[Trial], asked: Sequence[str], *, repeats: int, confidence: float, seed: int
+    trials: Sequence[Trial], asked: Sequence[str], *, repeats: int, confidence: float, seed: int, self_hits: int = 0
 ) -> EvaluationReport:
     """Make the report of what was tried.
 
@@ -104,6 +112,8 @@ def make_report(
         The kinds of rows, in their order.
     repeats, confidence, seed
         As in :func:`evaluate`.
+    self_hits
+        Sequences that the store holds.
     """
     plain, eager = trials[:2]
     shown = [trial for kind in asked for trial in trials if trial.kind == kind]
@@ -129,7 +139,9 @@ def make_report(
         if trial.memo is not None:
             stats.setdefault(trial.kind, {})[str(trial.level)] = trial.stats
     main = next((kind for kind in _MAIN if kind in stats), None)
-    return EvaluationReport(tuple(rows), stats[main] if main else {}, len(sums), repeats, main, stats, confidence)
+    return EvaluationReport(
+        tuple(rows), stats[main] if main else {}, len(sums), repeats, main, stats, confidence, self_hits
+    )
 
 
 def _answers(

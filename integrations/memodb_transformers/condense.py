@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -28,13 +27,14 @@ from .errors import StoreMismatchError
 from .lookup import namespace
 from .options import check_count, check_store_dtype
 from .reports import hide_bar, markdown_table, readable_bytes
-from .store import Condensed, bucket_path, bucket_paths, copy_beside, read_condensed, stored_lengths
+from .store import Condensed, bucket_path, bucket_paths, copy_beside, making, read_condensed, stored_lengths
 
 __all__ = ["CondenseReport", "condense"]
 
 _NAMESPACE = re.compile(r"layer=(\d+)/len=(\d+)")
-# What is held in memory at once, in bytes: sums of some groups in float32, and records on their way into them.
-_SUMS = 512 << 20
+# What is held in memory at once, in bytes: sums of some groups in float32, of which there are three copies for a
+# moment, and records on their way into them.
+_SUMS = 160 << 20
 _READ = 128 << 20
 _WAYS = ("layer", "sequence")
 
@@ -148,21 +148,14 @@ def condense(
     most = _check(records_per_namespace, max_bytes, by, store_dtype, seed)
     root, target = Path(path), Path(out_path)
     lengths = stored_lengths(root)
-    if target.exists():
-        raise memodb.StoreExistsError(f"{target} exists: choose another path, or remove it first")
     parts = bucket_paths(root)
     pairs = [(part, bucket_path(target, length)) for part, length in zip(parts, lengths, strict=False)]
     began = perf_counter()
-    try:
-        if parts:
-            target.mkdir(mode=0o700)
+    with making(target, folder=bool(parts)):
         reports = [
             _condense_one(source, out, most, max_bytes, by, store_dtype, backend, seed, progress, options)
             for source, out in pairs or [(root, target)]
         ]
-    except BaseException:
-        shutil.rmtree(target, ignore_errors=True)
-        raise
     if not parts:
         return reports[0]
     names = ("source_records", "records", "source_bytes", "bytes")
@@ -298,7 +291,7 @@ def _means(
     keys = {layer: source.keys(ids) for layer, ids in layers.items()}
     if by == "sequence":
         first = next(iter(layers))
-        if len({len(ids) for ids in layers.values()}) != 1:
+        if any(not np.array_equal(ids, layers[first] + (layer - first)) for layer, ids in layers.items()):
             raise StoreMismatchError(
                 f"the store at {source.path} lacks records of some layers of a sequence: expected by='layer'"
             )

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 import memodb
 
 from . import controls
+from .calibration import find_self_hits
 from .capture import in_inference, model_inputs
 from .card import ModelCard
 from .choices import Level, asked_profiles, check_lookup, resolve_thresholds
@@ -22,8 +23,8 @@ from .memoize import Memo, Thresholds
 from .plan import Stores, asked_kinds, check_lengths, check_settings, plan_trials
 from .recorder import spans_of
 from .reports import hide_bar
-from .sites import find_memoizable
-from .store import open_stores
+from .sites import ModelSites, find_memoizable
+from .store import open_stores, smallest_fitting
 from .trials import run_trials
 
 __all__ = ["EvaluationReport", "evaluate"]
@@ -151,6 +152,7 @@ def evaluate(
         means: dict[int, memodb.MemoDB] = {}
         if "mean" in asked:
             means = stack.enter_context(controls.mean_stores(path, stores, seed=seed, progress=progress))
+        self_hits = sum(_count_self_hits(model, sites, stores, inputs) for inputs, _ in data)
         trials = plan_trials(asked, stores, found, others, found_there, means, memo, seed)
         run_trials(
             model,
@@ -161,4 +163,11 @@ def evaluate(
             repeats=repeats,
             hide=hide_bar(progress),
         )
-    return make_report(trials, asked, repeats=repeats, confidence=confidence, seed=seed)
+    return make_report(trials, asked, repeats=repeats, confidence=confidence, seed=seed, self_hits=self_hits)
+
+
+def _count_self_hits(model: PreTrainedModel, sites: ModelSites, stores: Stores, inputs: dict[str, Any]) -> int:
+    """Count the sequences of a batch that the store holds: on these every figure flatters."""
+    spans = spans_of(inputs)
+    length = smallest_fitting(stores, spans.padded)
+    return 0 if length is None else int(find_self_hits(model, sites, stores[length], inputs, spans).sum())

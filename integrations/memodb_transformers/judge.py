@@ -69,26 +69,27 @@ class Judge:
 
     def remember(self, number: int, logits: Any, batch: Mapping[str, Any]) -> None:
         """Keep what the plain model says of a batch."""
-        scores, _, truth = self._read(logits, batch)
-        labels = truth if isinstance(truth, Tensor) else None
+        scores, _, labels, following = self._read(logits, batch)
         if self.metric is None:
-            self.metric = "accuracy" if labels is not None else "perplexity" if self._is_next(logits) else "agreement"
+            self.metric = "perplexity" if following else "agreement" if labels is None else "accuracy"
         if self.metric == "accuracy" and labels is None:
             raise InvalidBatchError(
-                "expected labels in every batch for a budget on accuracy; found none: give labels, or "
-                "metric='agreement'"
+                "expected labels in every batch for a budget on accuracy, not negative where they count; found none: "
+                "give labels, or metric='agreement'"
             )
-        if self.metric == "perplexity" and not self._is_next(logits):
+        if self.metric == "perplexity" and not following:
             raise InvalidBatchError("expected a causal language model for a budget on perplexity; found another model")
         said = scores.argmax(dim=-1)
-        reference = self._next(batch) if self._is_next(logits) else said
+        reference = self._next(batch, labels) if following else said
         self._plain[number] = (said, _log_probability(scores, reference), reference)
 
     def compare(self, number: int, logits: Any, batch: Mapping[str, Any]) -> Floats:
         """Compare a batch: ``[n, 3]`` of what is lost, what is damaged, and how many tokens that is summed over."""
-        scores, valid, labels = self._read(logits, batch)
+        scores, valid, labels, _ = self._read(logits, batch)
         said, confidence, reference = self._plain[number]
         now = _log_probability(scores, reference)
+        if labels is not None and self.metric != "agreement":
+            valid = valid & (labels >= 0)
         if self.metric == "perplexity":
             lost = confidence - now
         else:
@@ -118,39 +119,39 @@ class Judge:
             return Change(100.0 * (factor - 1.0), 100.0 * factor * error, float(damaged.sum()) / total, n)
         return Change(100.0 * rate, 100.0 * error, float(damaged.sum()) / total, n)
 
-    def _is_next(self, logits: Any) -> bool:
-        return self._causal and isinstance(logits, Tensor) and logits.dim() == 3
-
-    def _read(self, logits: Any, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Return scores ``[n, tokens, classes]``, which tokens count, and labels where there are any."""
+    def _read(self, logits: Any, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor, Tensor | None, bool]:
+        """Return scores ``[n, tokens, classes]``, which tokens count, labels if any is one, and whether they follow."""
         if not isinstance(logits, Tensor) or logits.dim() not in (2, 3) or logits.shape[-1] < 2:
             raise InvalidBatchError(
                 "expected a model whose output has logits of classes or tokens, so that a change can be judged; found "
                 f"{list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__}"
             )
         scores = logits.detach().float().cpu()
-        labels = batch.get("labels")
-        labels = labels.cpu() if isinstance(labels, Tensor) and not labels.is_floating_point() else None
-        if scores.dim() == 2:
-            whole = scores[:, None]
-            fits = labels is not None and labels.shape == (len(scores),)
-            return (
-                whole,
-                torch.ones(len(scores), 1, dtype=torch.bool),
-                labels[:, None] if fits and labels is not None else None,
-            )
+        following = self._causal and scores.dim() == 3
+        whole = scores[:, None] if scores.dim() == 2 else scores
+        valid = torch.ones(whole.shape[:2], dtype=torch.bool)
         mask = batch.get("attention_mask")
-        valid = torch.ones(scores.shape[:2], dtype=torch.bool) if mask is None else mask.cpu().ne(0)
-        if self._is_next(logits):
-            return scores[:, :-1], valid[:, :-1] & valid[:, 1:], None
-        if labels is None or labels.shape != scores.shape[:2]:
-            return scores, valid, None
-        return scores, valid & (labels >= 0), labels
+        if scores.dim() == 3 and mask is not None:
+            valid = mask.cpu().ne(0)
+        labels = batch.get("labels")
+        if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.shape != scores.shape[:-1]:
+            labels = None
+        elif scores.dim() == 2:
+            labels = labels.cpu()[:, None]
+        else:
+            labels = labels.cpu()
+        # Negative labels are none: -100 is left out by custom, -1 stands in test sets that keep theirs.
+        if labels is not None and not bool((labels >= 0).any()) and self.metric != "accuracy":
+            labels = None
+        if following:
+            return whole[:, :-1], valid[:, :-1] & valid[:, 1:], None if labels is None else labels[:, 1:], True
+        return whole, valid, labels, False
 
     @staticmethod
-    def _next(batch: Mapping[str, Any]) -> Tensor:
-        ids: Tensor = batch["input_ids"].cpu()
-        return ids[:, 1:]
+    def _next(batch: Mapping[str, Any], labels: Tensor | None) -> Tensor:
+        """Tell the tokens that follow: as evaluation does, those of the labels where they are given."""
+        ids: Tensor = batch["input_ids"].cpu()[:, 1:]
+        return ids if labels is None else torch.where(labels >= 0, labels, ids)
 
 
 def _log_probability(scores: Tensor, chosen: Tensor) -> Tensor:

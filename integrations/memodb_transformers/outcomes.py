@@ -25,7 +25,6 @@ Doubles = NDArray[np.float64]
 #   surprise / followed: negative log-likelihoods of next tokens, and how many
 #   change / positions: relative L2 differences of the output from the plain model's, and how many
 SUMS = ("right", "labelled", "same", "predicted", "surprise", "followed", "change", "positions")
-_NO_LABEL = -100
 # Numbers of a block of resampling weights: 64 MiB.
 _WEIGHTS = 1 << 23
 
@@ -43,7 +42,8 @@ def compare_outputs(
     inputs
         What it was called with: positions that ``attention_mask`` leaves out do not count.
     labels
-        Classes, int ``[n]``, or ``[n, L]`` for models that choose one for each token or the next; -100 is no label.
+        Classes, int ``[n]``, or ``[n, L]`` for models that choose one for each token or the next; a negative
+        one is no label.
     next_tokens
         Whether the model predicts next tokens. Those of ``labels`` if given, else of ``input_ids``, are followed; only
         with labels is there a share of right ones.
@@ -79,14 +79,14 @@ def compare_outputs(
             found["same"], found["predicted"] = int((chosen == theirs.argmax(dim=-1)).sum()), len(mine)
             if next_tokens and tokens is not None:
                 # A prediction counts where its own position and the next one hold tokens of the sequence.
-                follows = here[:-1] & here[1:] & (tokens[row, 1:] != _NO_LABEL)
+                follows = here[:-1] & here[1:] & (tokens[row, 1:] >= 0)
                 logits, targets = shown[row, :-1][follows].float(), tokens[row, 1:][follows]
                 found["surprise"] = float(torch.nn.functional.cross_entropy(logits, targets, reduction="sum"))
                 found["followed"] = len(targets)
                 chosen, wanted = logits.argmax(dim=-1), targets
             elif labels is not None:
                 wanted = labels[row][here]
-                chosen, wanted = chosen[wanted != _NO_LABEL], wanted[wanted != _NO_LABEL]
+                chosen, wanted = chosen[wanted >= 0], wanted[wanted >= 0]
             if labels is not None:
                 found["right"], found["labelled"] = int((chosen == wanted).sum()), len(wanted)
         sums[row] = list(found.values())

@@ -9,7 +9,6 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-import numpy as np
 from transformers import PreTrainedModel
 
 import memodb
@@ -24,7 +23,7 @@ from .options import check_build, check_count
 from .shares import Share, share_out
 from .sites import ModelSites, find_memoizable
 from .stages import StoreBuild, tunable, untrained
-from .store import MEMO_FILES
+from .store import MEMO_FILES, record_shape
 from .tuning import check_budget, fewest_tuned
 from .work import Work, fingerprint
 
@@ -150,9 +149,21 @@ def build(
             f"with for a budget of {budget:g}; found {max(share.seen for share in shares.values())} in all: give more, "
             "a larger budget, or build without one and tune afterwards"
         )
-    for share in shares.values():
-        _check_embedder(embedder, share.padded_length, sites, key_dim, seed)
     card = ModelCard.of(sites)
+    if root.exists() and root.stat().st_dev != root.absolute().parent.stat().st_dev:
+        raise memodb.StoreExistsError(
+            f"{root} is where a file system is mounted: a store is built beside its place and moved; choose a path "
+            "inside of it"
+        )
+    for share in shares.values():
+        if condensed_bytes is not None:
+            shape = record_shape(card, share.padded_length, target)
+            least = len(sites.layers) * memodb.RecordSpec.of(shape, store_dtype).nbytes
+            if condensed_bytes < least:
+                raise ValueError(
+                    f"expected condensed_bytes to hold a record for each layer, {least} bytes; found {condensed_bytes}"
+                )
+        _check_embedder(embedder, share.padded_length, sites, key_dim, seed)
     settings = {
         "target": target,
         "store_dtype": store_dtype,
@@ -168,7 +179,7 @@ def build(
         "budget": budget,
         "scratch_bytes": scratch_bytes,
         "options": repr(sorted(options.items())),
-        "model": fingerprint([card.to_dict(), np.round(card.probe, 2)]),
+        "model": fingerprint([card.to_dict(), *_parameters(model)]),
         "batches": fingerprint(_data(shares)),
     }
     work = Work(root, settings)
@@ -234,6 +245,12 @@ def _data(shares: Mapping[int, Share]) -> Iterable[Any]:
             yield from (inputs[name] for name in sorted(inputs))
         for batch in (*share.profiled, *share.tuned):
             yield from (batch[name] for name in sorted(batch))
+
+
+def _parameters(model: PreTrainedModel) -> Iterable[Any]:
+    for name, value in sorted(model.state_dict().items()):
+        yield name
+        yield value
 
 
 def _arrays(embedder: Embedder) -> list[Any]:

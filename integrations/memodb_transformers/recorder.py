@@ -134,6 +134,7 @@ class Recorder:
         db = memodb.MemoDB.open(self.path, mode="r+")
         ids = db.ids()
         db.delete(ids[ids >= next_id])
+        db.compact()
         return db
 
     def _record(self, db: memodb.MemoDB, inputs: dict[str, Any], spans: Spans) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
 from .capture import Visit, attention_implementation, attention_visits
-from .forward import Ints, Spans, roll_front
+from .forward import Ints, Spans, present, roll_front
 from .recorder import canonical, spans_of
 from .similarity import Floats, context_matrix, similarity_matrix
 from .sites import ModelSites
@@ -105,8 +106,11 @@ class Samples:
 
             def receive(visit: Visit, where: Spans = where, now: slice = now) -> None:
                 layer = visit.site.layer
-                state = roll_front(visit.hidden, where.starts).float().cpu().numpy()
-                hidden[layer, now, : state.shape[1]] = state
+                state = roll_front(visit.hidden, where.starts).float().cpu()
+                tokens = present(torch.from_numpy(where.lengths), state.shape[1])
+                # An embedder sees nothing of padding.
+                valid = torch.where(tokens[:, :, None], state, 0.0)
+                hidden[layer, now, : state.shape[1]] = valid.numpy()
                 whole = canonical(visit, where, padded_length, target)
                 whole = whole if target == "probs" else whole[:, None]
                 for row, length in enumerate(where.lengths.tolist()):
@@ -168,4 +172,7 @@ def _on(batch: dict[str, Any], sites: ModelSites, device: torch.device) -> dict[
 
 def _make(folder: Path, name: str, shape: tuple[int, ...], dtype: Any) -> NDArray[Any]:
     made: NDArray[Any] = np.lib.format.open_memmap(folder / f"{name}.npy", mode="w+", dtype=dtype, shape=shape)
+    # Memory or disk that is not there shall be an error here, not a signal at the first write: posix_fallocate(3).
+    with (folder / f"{name}.npy").open("rb+") as file:
+        os.posix_fallocate(file.fileno(), 0, os.fstat(file.fileno()).st_size)
     return made

@@ -57,7 +57,7 @@ class Share:
         return sum(len(rows) for _, _, rows in self.recorded)
 
     def sample(self, most: int, seed: int) -> list[dict[str, Any]]:
-        """Draw some of the sequences to record, as batches of the usual size, in random order."""
+        """Draw some of the sequences to record, as batches of the usual size."""
         random = np.random.default_rng(seed)
         chosen = np.sort(random.permutation(self.sequences)[:most])
         parts, before = [], 0
@@ -130,12 +130,18 @@ def share_out(
 
 def regroup(batches: list[dict[str, Any]], rows: int) -> list[dict[str, Any]]:
     """Join the few rows taken from each batch into batches of the usual size: costs depend on it."""
-    shapes = {tuple((name, value.shape[1:]) for name, value in sorted(batch.items())) for batch in batches}
-    if len(shapes) != 1:
-        return batches  # nothing was taken, or inputs that differ from batch to batch
-    joined = {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
-    count = len(next(iter(joined.values())))
-    return [{name: value[start : start + rows] for name, value in joined.items()} for start in range(0, count, rows)]
+    alike: dict[Any, list[dict[str, Any]]] = {}
+    for batch in batches:
+        shape = tuple((name, value.shape[1:], value.dtype) for name, value in sorted(batch.items()))
+        alike.setdefault(shape, []).append(batch)
+    made = []
+    for parts in alike.values():
+        joined = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        count = len(next(iter(joined.values())))
+        made += [
+            {name: value[start : start + rows] for name, value in joined.items()} for start in range(0, count, rows)
+        ]
+    return made
 
 
 def _bucket(padded: int, lengths: Sequence[int], shares: Mapping[int, Share]) -> int | None:

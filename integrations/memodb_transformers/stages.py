@@ -30,7 +30,7 @@ from .sites import ModelSites
 from .store import open_store, read_profile, record_shape, write_store
 from .training import TRAINED, LayerTraining, TrainingReport, assemble, split_known, train_layer
 from .tune_report import TuneReport
-from .tuning import fewest_tuned, tune_store
+from .tuning import check_judged, fewest_tuned, tune_store
 from .work import Work
 
 __all__ = ["StoreBuild", "tunable", "untrained"]
@@ -81,6 +81,7 @@ class StoreBuild:
         """Run all stages that are not done yet."""
         first = len(self._work.stages)
         began = perf_counter()
+        self._try_out()
         self._part.mkdir(mode=0o700, exist_ok=True)
         self._place.parent.mkdir(mode=0o700, exist_ok=True)
         trained = self._train() if self._given in TRAINED else None
@@ -101,7 +102,7 @@ class StoreBuild:
         return BuildReport(
             path=str(self._place),
             sequences=recorded["sequences"],
-            held_out=sum(batch_shape(batch)[0] for batch in share.profiled),
+            held_out=sum(batch_shape(batch)[0] for batch in (*share.profiled, *share.tuned)),
             skipped=share.skipped + recorded["skipped"],
             layers=layers,
             records=records,
@@ -117,6 +118,25 @@ class StoreBuild:
             tuned=tuned,
             stages=tuple(self._work.stages[first:]),
         )
+
+    def _try_out(self) -> None:
+        """Do in small what would fail after hours: make a database of these options, judge one batch."""
+        if self._work.noted(f"L={self._length}/record") is None and not self._records.exists():
+            trial = self._work.folder / f"work-trial-{self._length}"
+            shutil.rmtree(trial, ignore_errors=True)
+            elsewhere = {"segments_path", "url", "storage_options"} & self._options.keys()
+            if not elsewhere:
+                memodb.MemoDB.create(
+                    trial,
+                    shape=self._shape,
+                    dtype=self._settings["store_dtype"],
+                    key_dim=self._settings["key_dim"],
+                    backend=self._settings["backend"],
+                    **self._options,
+                ).close()
+                shutil.rmtree(trial, ignore_errors=True)
+        if self._settings["budget"] is not None and self._share.tuned:
+            check_judged(self._model, self._sites, self._share.tuned[0])
 
     def _stage(self, name: str, do: Callable[[], Any]) -> Any:
         return self._work.run(name, self._length, do)

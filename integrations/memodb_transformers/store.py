@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -43,6 +44,7 @@ __all__ = [
     "bucket_path",
     "bucket_paths",
     "copy_beside",
+    "making",
     "open_store",
     "open_stores",
     "read_condensed",
@@ -188,6 +190,31 @@ def write_store(
         "embedder": {**embedder.config(), "arrays": sorted(arrays)},
     }
     write_json(folder / "memo.json", memo)
+
+
+@contextmanager
+def making(path: Path, *, folder: bool) -> Iterator[None]:
+    """Make a store, or a folder of stores, in a block; what is left by an error is removed, if it was made there.
+
+    Raises
+    ------
+    memodb.StoreExistsError
+        Something is at ``path``: it is left as it is.
+    """
+    exists = memodb.StoreExistsError(f"{path} exists: choose another path, or remove it first")
+    if path.exists() or path.is_symlink():
+        raise exists
+    if folder:
+        try:
+            path.mkdir(mode=0o700)
+        except FileExistsError:
+            raise exists from None
+    try:
+        yield
+    except BaseException as error:
+        if folder or not isinstance(error, memodb.StoreExistsError):  # that one somebody else has made meanwhile
+            shutil.rmtree(path, ignore_errors=True)
+        raise
 
 
 def copy_beside(

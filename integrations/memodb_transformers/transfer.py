@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-import shutil
 from pathlib import Path
 from typing import Any
 
 import memodb
 
-from .store import bucket_path, bucket_paths, copy_beside, stored_lengths
+from .store import bucket_path, bucket_paths, copy_beside, making, stored_lengths
 
 __all__ = ["copy"]
 
@@ -37,20 +36,13 @@ def copy(
     """
     root, target = Path(source), Path(destination)
     lengths = stored_lengths(root)  # says so if it is no memo store
-    if target.exists():
-        raise memodb.StoreExistsError(f"{target} exists: choose another path, or remove it first")
     settings = options if backend is None else {**options, "backend": backend}
     parts = bucket_paths(root)
-    try:
-        if parts:
-            target.mkdir(mode=0o700)
+    with making(target, folder=bool(parts)):
         for part, length in zip(parts, lengths, strict=False):
             _copy_one(part, bucket_path(target, length), settings)
         if not parts:
             _copy_one(root, target, settings)
-    except BaseException:
-        shutil.rmtree(target, ignore_errors=True)
-        raise
 
 
 def _copy_one(source: Path, destination: Path, settings: dict[str, Any]) -> None:

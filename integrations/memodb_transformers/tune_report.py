@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from .errors import StoreMismatchError
 from .reports import markdown_table
 
-__all__ = ["TuneReport"]
+__all__ = ["TuneReport", "pooled"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,8 +35,10 @@ class TuneReport:
         What Eq. 3 expects to be saved a sequence, and what the attention of all layers takes.
     padded_length
         L of the store's records.
+    self_hits
+        Sequences that were left out because the store holds them.
     buckets
-        With length buckets, the report of each store.
+        With length buckets, the report of each store; losses and rates are then means over their sequences.
     """
 
     budget: float
@@ -53,6 +56,7 @@ class TuneReport:
     saved_seconds: float
     attention_seconds: float
     padded_length: int
+    self_hits: int = 0
     buckets: tuple[TuneReport, ...] = ()
 
     @property
@@ -101,3 +105,32 @@ class TuneReport:
             ("tried", f"{self.tried} ways on {self.chosen_on} other sequences"),
         ]
         return markdown_table(("tuned", f"L = {self.padded_length}"), rows)
+
+
+def pooled(parts: Sequence[TuneReport]) -> TuneReport:
+    """Put the reports of several buckets together: means over the sequences of all."""
+    total = sum(part.sequences for part in parts)
+    weights = [part.sequences / total for part in parts]
+
+    def mean(name: str) -> float:
+        values = [float(getattr(part, name)) for part in parts]
+        return sum(weight * value for weight, value in zip(weights, values, strict=True))
+
+    loss = mean("loss")
+    apart = math.sqrt(sum((weight * (part.high - part.loss)) ** 2 for weight, part in zip(weights, parts, strict=True)))
+    return replace(
+        parts[0],
+        thresholds={},
+        loss=loss,
+        low=loss - apart,
+        high=loss + apart,
+        sequences=total,
+        chosen_on=sum(part.chosen_on for part in parts),
+        tried=sum(part.tried for part in parts),
+        self_hits=sum(part.self_hits for part in parts),
+        memoization_rate=mean("memoization_rate"),
+        saved_seconds=mean("saved_seconds"),
+        attention_seconds=mean("attention_seconds"),
+        padded_length=max(part.padded_length for part in parts),
+        buckets=tuple(parts),
+    )

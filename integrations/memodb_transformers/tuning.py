@@ -11,12 +11,12 @@ import math
 import os
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from transformers import PreTrainedModel
 
+from .calibration import find_self_hits
 from .capture import in_inference, model_inputs
 from .card import ModelCard
 from .choices import check_lookup
@@ -24,13 +24,13 @@ from .embedding import Embedder
 from .errors import InvalidBatchError, StoreMismatchError
 from .judge import Change, Judge
 from .performance import ProfileReport
-from .recorder import batch_shape, cut_rows
+from .recorder import batch_shape, cut_rows, spans_of
 from .sites import ModelSites, find_memoizable
 from .store import MemoStore, open_stores, smallest_fitting, write_tuned
-from .tune_report import TuneReport
+from .tune_report import TuneReport, pooled
 from .ways import Numbered, Thresholds, WaysTried, confirm, count_sequences, find_boldest, order_ways
 
-__all__ = ["TuneReport", "check_budget", "fewest_tuned", "tune", "tune_budgets", "tune_store"]
+__all__ = ["TuneReport", "check_budget", "check_judged", "fewest_tuned", "tune", "tune_budgets", "tune_store"]
 
 _FEWEST = 16
 
@@ -84,7 +84,7 @@ def tune(
     UnsupportedModelError, StoreMismatchError
         The model is of no supported family, or not the one of the store; the store has no profile.
     InvalidBatchError
-        Too few sequences, or outputs that cannot be judged.
+        Too few sequences that are not in the store, or outputs that cannot be judged.
     ValueError
         An argument cannot be used.
     """
@@ -127,7 +127,7 @@ def tune(
         for length, report in parts.items():
             write_tuned(stores[length].path, report.to_dict())
         first = next(iter(parts.values()))
-        return first if len(stores) == 1 else replace(first, thresholds={}, buckets=tuple(parts.values()))
+        return first if len(stores) == 1 else pooled(list(parts.values()))
 
 
 def tune_store(
@@ -180,14 +180,18 @@ def tune_budgets(
             f"the store at {store.path} has no profile, which tuning needs: run memodb_transformers.profile first"
         )
     profile = ProfileReport.from_dict(store.profile, store.path)
-    halves = _halves(batches)
+    own, self_hits = _without_self_hits(model, sites, store, batches)
+    halves = _halves(own)
     counts = [count_sequences([batch for _, batch in half]) for half in halves]
     if min(counts) < _FEWEST // 2:
         raise InvalidBatchError(
-            f"expected {_FEWEST} sequences or more: one half chooses, the other checks; found {sum(counts)}"
+            f"expected {_FEWEST} sequences or more that the store does not hold: one half chooses, the other checks; "
+            f"found {sum(counts)}, and {self_hits} that it holds"
         )
     z = statistics.NormalDist().inv_cdf(confidence)
-    trial = WaysTried(model, sites, store, Judge(metric, causal=sites.family.causal), lookup, progress)
+    trial = WaysTried(
+        model, sites, store, Judge(metric, causal=sites.family.causal and model.can_generate()), lookup, progress
+    )
     with in_inference(model), trial:
         trial.remember([pair for half in halves for pair in half])
         if trial.judge.metric != "perplexity":
@@ -196,8 +200,10 @@ def tune_budgets(
         reports = []
         for budget in budgets:
             wanted = find_boldest(trial, path, halves[0], budget, z)
-            chosen, rate, change = confirm(trial, wanted, halves[1], budget, z)
-            reports.append(_report(trial, store, profile, chosen, rate, change, budget, confidence, lookup, counts))
+            chosen, rate, change = confirm(trial, wanted, halves[0], halves[1], budget, z)
+            reports.append(
+                _report(trial, store, profile, chosen, rate, change, budget, confidence, lookup, counts, self_hits)
+            )
     return reports
 
 
@@ -212,6 +218,7 @@ def _report(
     confidence: float,
     lookup: str,
     counts: Sequence[int],
+    self_hits: int,
 ) -> TuneReport:
     return TuneReport(
         budget=float(budget),
@@ -229,6 +236,7 @@ def _report(
         saved_seconds=_saved(profile, chosen, lookup),
         attention_seconds=sum(row.attention_seconds for row in profile.layers),
         padded_length=store.padded_length,
+        self_hits=self_hits,
     )
 
 
@@ -253,6 +261,35 @@ def _check_enough(budget: float, confidence: float, found: int) -> None:
             f"with the {found} found even no change at all would not show that it is kept. Give more data, a larger "
             "budget, or a lower confidence"
         )
+
+
+def check_judged(model: PreTrainedModel, sites: ModelSites, batch: Mapping[str, Any]) -> None:
+    """Refuse a model whose outputs cannot be judged, or data that say nothing of them, before anything is built."""
+    judge = Judge(None, causal=sites.family.causal and model.can_generate())
+    with in_inference(model):
+        output = model(**model_inputs(batch, model.device))
+    logits = getattr(output, "logits", None)
+    judge.remember(0, logits, batch)
+    judge.sum([judge.compare(0, logits, batch)])
+
+
+def _without_self_hits(
+    model: PreTrainedModel, sites: ModelSites, store: MemoStore, batches: Sequence[Mapping[str, Any]]
+) -> tuple[list[Mapping[str, Any]], int]:
+    """Leave out what the store holds: that reuse is right there says nothing of sequences to come."""
+    kept: list[Mapping[str, Any]] = []
+    count = 0
+    with in_inference(model):
+        for batch in batches:
+            inputs = model_inputs(batch, model.device)
+            if sites.family.caches:
+                inputs.setdefault("use_cache", False)
+            spans = spans_of(inputs)
+            themselves = find_self_hits(model, sites, store, inputs, spans)
+            count += int(themselves.sum())
+            if not themselves.all():
+                kept.append(cut_rows(batch, np.flatnonzero(~themselves), len(spans)) if themselves.any() else batch)
+    return kept, count
 
 
 def _halves(batches: Sequence[Mapping[str, Any]]) -> tuple[Numbered, Numbered]:

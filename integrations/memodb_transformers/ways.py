@@ -142,12 +142,15 @@ def find_boldest(
 def confirm(
     trial: WaysTried,
     steps: list[Thresholds],
+    first: Numbered,
     batches: Numbered,
     budget: float,
     z: float,
 ) -> tuple[Thresholds, float, Change]:
-    """Take the choice back, step by step, until other data confirms it."""
+    """Take the choice back, step by step, until other data confirms it as well as those it was made with."""
     for thresholds in reversed(steps[1:]):
+        if trial.run(thresholds, first)[0].upper(z) > budget:
+            continue  # bisection has passed over it
         change, rate = trial.run(thresholds, batches)
         if change.upper(z) <= budget:
             return thresholds, rate, change

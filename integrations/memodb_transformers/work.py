@@ -16,7 +16,7 @@ import resource
 import shutil
 import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
@@ -33,6 +33,7 @@ from .errors import UnfinishedBuildError
 __all__ = ["Stage", "Work", "fingerprint"]
 
 _JOURNAL = "journal.json"
+_BEGUN, _MOVING = "begun", "moving"
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,18 +93,15 @@ class Work:
         memodb.WriterLockedError
             Another process is building there.
         """
-        self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        _check_own(self.folder)
-        descriptor = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        descriptor = self._claim()
         try:
-            self._claim(descriptor)
             self._read()
             try:
                 yield
-            except (TypeError, ValueError):
-                shutil.rmtree(self.folder, ignore_errors=True)
-                raise
             except BaseException as error:
+                if isinstance(error, TypeError | ValueError) and set(self._journal["done"]) <= {_BEGUN}:
+                    shutil.rmtree(self.folder, ignore_errors=True)  # the arguments are at fault, and nothing is lost
+                    raise
                 error.add_note(
                     f"what was done so far lies in {self.folder}: call build again with the same arguments to go on, "
                     "or remove that folder"
@@ -155,6 +153,7 @@ class Work:
 
     def finish(self, lengths: Iterable[int], *, buckets: bool) -> None:
         """Move what was built to its place and remove the folder."""
+        self.note(_MOVING, value=True)
         chosen = self.folder / "stores"
         if not buckets:
             chosen = self.store(next(iter(lengths)))
@@ -169,13 +168,33 @@ class Work:
             ) from error
         shutil.rmtree(self.folder, ignore_errors=True)
 
-    def _claim(self, descriptor: int) -> None:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise memodb.WriterLockedError(
-                f"another process is building in {self.folder}: wait for it, or choose another path"
-            ) from error
+    def _claim(self) -> int:
+        """Make the folder and lock it; returns the descriptor that holds the lock."""
+        while True:
+            self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            try:
+                descriptor = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+            except FileNotFoundError:
+                continue  # another build has just ended
+            except OSError as error:
+                raise _not_own(self.folder, os.lstat(self.folder)) from error
+            try:
+                found = os.fstat(descriptor)
+                if found.st_uid != os.geteuid() or found.st_mode & 0o022:
+                    raise _not_own(self.folder, found)
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                with suppress(FileNotFoundError):
+                    if os.path.samestat(found, os.stat(self.folder)):
+                        return descriptor
+            except BlockingIOError as error:
+                os.close(descriptor)
+                raise memodb.WriterLockedError(
+                    f"another process is building in {self.folder}: wait for it, or choose another path"
+                ) from error
+            except BaseException:
+                os.close(descriptor)
+                raise
+            os.close(descriptor)  # the lock of a folder that another build has removed meanwhile
 
     def _read(self) -> None:
         file = self.folder / _JOURNAL
@@ -187,7 +206,7 @@ class Work:
                     f"{self.folder} is where the store would be built, but holds {strange[0]!r}: remove it, or choose "
                     "another path"
                 )
-            self.note("begun", value=True)
+            self.note(_BEGUN, value=True)
             return
         try:
             journal = json.loads(Guard.of(self.folder).read(file))
@@ -201,16 +220,20 @@ class Work:
                 "then, or remove that folder"
             )
         self._journal = {"settings": settings, "done": dict(done)}
+        if _MOVING in done and not (self.folder / "stores").exists():
+            # Killed after the store was moved to its place; as that is free now, it is wanted anew.
+            for part in self.folder.iterdir():
+                shutil.rmtree(part) if part.is_dir() else part.unlink()
+            self._journal = {"settings": self._settings, "done": {}}
+            self.note(_BEGUN, value=True)
 
 
-def _check_own(folder: Path) -> None:
-    """See that nobody else can put anything into the folder: what lies in it is gone on with."""
-    found = os.lstat(folder)
-    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid() or found.st_mode & 0o022:
-        raise memodb.UnsafePathError(
-            f"expected {folder} to be a directory of this user that nobody else may write, for a build to go on in; "
-            f"found {stat.filemode(found.st_mode)} of user {found.st_uid}: remove it, or choose another path"
-        )
+def _not_own(folder: Path, found: os.stat_result) -> memodb.UnsafePathError:
+    """Say that others may put something into the folder: what lies in it is gone on with."""
+    return memodb.UnsafePathError(
+        f"expected {folder} to be a directory of this user that nobody else may write, for a build to go on in; found "
+        f"{stat.filemode(found.st_mode)} of user {found.st_uid}: remove it, or choose another path"
+    )
 
 
 def fingerprint(values: Iterable[Any]) -> str:

@@ -125,7 +125,7 @@ def test_an_unfinished_build_of_other_settings_is_refused_by_name(
     with pytest.raises(mt.UnfinishedBuildError, match="another model"):
         mt.build(tiny_model(seed=1), data(), path, **SETTINGS)
     report = mt.build(tiny_model(), data(), path, **SETTINGS)
-    assert (report.sequences, report.held_out) == (144, 18)
+    assert (report.sequences, report.held_out) == (144, 36)
 
 
 def test_an_interrupt_keeps_what_was_done_and_says_where(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -203,3 +203,46 @@ def test_the_report_tells_each_stage(path: Path) -> None:
         logits(model, data()[0])
     # The fifth sequence of ten was kept out to tune with, and no other has seven tokens.
     assert memo.stats()["memoization_rate"] == 0.9
+
+
+def test_a_build_killed_after_its_store_was_moved_begins_anew(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from memodb_transformers import work
+
+    def die(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(work.os, "rename", lambda *names, move=os.rename: (move(*names), die()))
+        with pytest.raises(KeyboardInterrupt):
+            mt.build(tiny_model(), data(), path, **SETTINGS)
+    assert path.exists()
+    path.rename(path.with_name("elsewhere"))
+    report = mt.build(tiny_model(), data(), path, **SETTINGS)
+    assert not any(stage.resumed for stage in report.stages)
+    assert sorted(part.name for part in path.parent.iterdir()) == ["elsewhere", "store"]
+
+
+def test_what_would_fail_at_the_end_is_said_before_anything_is_recorded(path: Path) -> None:
+    from transformers import BertConfig, BertModel
+
+    with pytest.raises(ValueError, match="condensed_bytes to hold a record for each layer"):
+        mt.build(tiny_model(), data(), path, condensed_bytes=100)
+    bare = BertModel(BertConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=32))
+    with pytest.raises(mt.InvalidBatchError, match="logits of classes"):
+        mt.build(bare, data(), path, budget=50.0)
+    with pytest.raises((TypeError, ValueError), match="no_such_option"):
+        mt.build(tiny_model(), data(), path, no_such_option=1)
+    assert list(path.parent.iterdir()) == []
+
+
+def test_somebody_else_may_not_write_where_a_build_goes_on(path: Path) -> None:
+    place = path.with_name("store.building")
+    place.mkdir()
+    place.chmod(0o777)
+    with pytest.raises(memodb.UnsafePathError, match="nobody else may write"):
+        mt.build(tiny_model(), data(), path, **SETTINGS)
+    assert list(place.iterdir()) == []
+    place.rmdir()
+    place.symlink_to(path.parent)
+    with pytest.raises(memodb.UnsafePathError):
+        mt.build(tiny_model(), data(), path, **SETTINGS)
