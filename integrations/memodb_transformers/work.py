@@ -220,7 +220,7 @@ class Work:
                 "then, or remove that folder"
             )
         self._journal = {"settings": settings, "done": dict(done)}
-        if _MOVING in done and not (self.folder / "stores").exists():
+        if _MOVING in done and not any(self.folder.glob("stores/L=*")):
             # Killed after the store was moved to its place; as that is free now, it is wanted anew.
             for part in self.folder.iterdir():
                 shutil.rmtree(part) if part.is_dir() else part.unlink()
