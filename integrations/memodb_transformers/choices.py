@@ -13,7 +13,7 @@ from .store import MemoStore, read_tuned
 from .thresholds import LEVELS, TUNED
 from .tune_report import TuneReport
 
-__all__ = ["Level", "asked_profiles", "check_lookup", "resolve_thresholds"]
+__all__ = ["Level", "asked_profiles", "check_lookup", "check_tuned", "resolve_thresholds"]
 
 # A name out of LEVELS, "tuned", or the similarity itself.
 Level = str | float
@@ -43,6 +43,15 @@ def check_lookup(stores: Mapping[int, MemoStore], lookup: str, length_tolerance:
         raise StoreMismatchError(
             f"the store at {by_layer[0]} was condensed by layer: what is found at the first layer tells nothing of "
             "the others. Use lookup='layer', or condense again with by='sequence'"
+        )
+
+
+def check_tuned(level: Level, threshold: float | None, length_tolerance: int, neighbours: int) -> None:
+    """Refuse to reuse more, or something else, than the tuner tried."""
+    if isinstance(level, str) and level == TUNED and threshold is None and (length_tolerance or neighbours != 1):
+        raise ValueError(
+            "expected length_tolerance=0 and neighbours=1 with level='tuned', as thresholds were tuned; found "
+            f"length_tolerance={length_tolerance}, neighbours={neighbours}"
         )
 
 

@@ -15,7 +15,7 @@ from . import controls
 from .calibration import find_self_hits
 from .capture import in_inference, model_inputs
 from .card import ModelCard
-from .choices import Level, asked_profiles, check_lookup, resolve_thresholds
+from .choices import Level, asked_profiles, check_lookup, check_tuned, resolve_thresholds
 from .comparison import EvaluationReport, make_report
 from .embedding import Embedder
 from .errors import InvalidBatchError
@@ -129,6 +129,8 @@ def evaluate(
     def thresholds(stores: Stores) -> dict[Level, dict[int, Thresholds]]:
         check_lookup(stores, lookup, length_tolerance, neighbours)
         check_lengths(stores, data)
+        for level in levels:
+            check_tuned(level, None, length_tolerance, neighbours)
         return {level: resolve_thresholds(stores, level, None, layers, lookup) for level in levels}
 
     def memo(stores: Stores, thresholds: Mapping[int, Thresholds]) -> Memo:

@@ -140,6 +140,11 @@ class Judge:
             labels = labels.cpu()[:, None]
         else:
             labels = labels.cpu()
+        classes = scores.shape[-1]
+        if labels is not None and labels.numel() and int(labels.max()) >= classes:
+            raise InvalidBatchError(
+                f"expected labels below {classes}, as the model tells so many classes apart; found {int(labels.max())}"
+            )
         # Negative labels are none: -100 is left out by custom, -1 stands in test sets that keep theirs.
         if labels is not None and not bool((labels >= 0).any()) and self.metric != "accuracy":
             labels = None

@@ -24,6 +24,8 @@ __all__ = ["Numbered", "Thresholds", "WaysTried", "confirm", "count_sequences", 
 _RATES = (0.25, 0.5, 0.75, 1.0)
 # Sequences that each layer is tried with by itself; the choice is then made with all.
 _ALONE = 256
+# Harm below this is none: it would make a gain look endless.
+_LEAST_HARM = 1e-9
 # Further ways tried after the first that is over the budget.
 _MORE = 6
 
@@ -81,7 +83,7 @@ class WaysTried:
 
 
 def order_ways(trial: WaysTried, profile: ProfileReport, batches: Numbered, lookup: str) -> list[Thresholds]:
-    """Order ways to reuse from timid to bold: at each step what saves most for the harm that it does alone."""
+    """Order ways to reuse from timid to bold."""
     few: Numbered = []
     for pair in batches:
         if count_sequences([batch for _, batch in few]) < _ALONE:
@@ -97,21 +99,48 @@ def order_ways(trial: WaysTried, profile: ProfileReport, batches: Numbered, look
             if saved > 0:
                 change, _ = trial.run({row.layer: threshold}, few)
                 options.setdefault(row.layer, []).append((threshold, saved, change.damage))
+    return _by_gain(trial, options, few)
+
+
+def _by_gain(
+    trial: WaysTried, options: Mapping[int, list[tuple[float, float, float]]], batches: Numbered
+) -> list[Thresholds]:
+    """Go from timid to bold, at each step by what saves most for the harm that it adds to what is reused already.
+
+    Harms of layers do not just add up, so they are measured together. What did little good at an earlier step is only
+    measured again when it would come first by that.
+    """
     path: list[Thresholds] = [{}]
     now = dict.fromkeys(options, -1)
+    harm = 0.0
+    known = {
+        (layer, place): (saved / max(damage, _LEAST_HARM), 0, damage)
+        for layer, ways in options.items()
+        for place, (_, saved, damage) in enumerate(ways)
+    }
     while True:
-        best, step = -1.0, None
-        for layer, ways in options.items():
-            before = (0.0, 0.0) if now[layer] < 0 else ways[now[layer]][1:]
-            for place in range(now[layer] + 1, len(ways)):
-                _, saved, damage = ways[place]
-                ratio = (saved - before[0]) / max(damage - before[1], 1e-9)
-                if saved > before[0] and ratio > best:
-                    best, step = ratio, (layer, place)
-        if step is None:
+        gains = {
+            key: ratio
+            for key, (ratio, _, _) in known.items()
+            if key[1] > now[key[0]] and _gain(options[key[0]], now[key[0]], key[1]) > 0
+        }
+        if not gains:
             return path
-        now[step[0]] = step[1]
-        path.append({**path[-1], step[0]: options[step[0]][step[1]][0]})
+        layer, place = max(gains, key=lambda key: gains[key])
+        bolder = {**path[-1], layer: options[layer][place][0]}
+        _, measured, damage = known[layer, place]
+        if measured == len(path) - 1:
+            now[layer], harm = place, damage
+            path.append(bolder)
+            continue
+        damage = trial.run(bolder, batches)[0].damage
+        ratio = _gain(options[layer], now[layer], place) / max(damage - harm, _LEAST_HARM)
+        known[layer, place] = (ratio, len(path) - 1, damage)
+
+
+def _gain(ways: list[tuple[float, float, float]], now: int, place: int) -> float:
+    """Seconds that one of a layer's ways saves beyond what it saves now."""
+    return ways[place][1] - (ways[now][1] if now >= 0 else 0.0)
 
 
 def find_boldest(

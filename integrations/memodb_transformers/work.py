@@ -99,8 +99,8 @@ class Work:
             try:
                 yield
             except BaseException as error:
-                if isinstance(error, TypeError | ValueError) and set(self._journal["done"]) <= {_BEGUN}:
-                    shutil.rmtree(self.folder, ignore_errors=True)  # the arguments are at fault, and nothing is lost
+                if set(self._journal["done"]) <= {_BEGUN}:
+                    shutil.rmtree(self.folder, ignore_errors=True)  # nothing is lost
                     raise
                 error.add_note(
                     f"what was done so far lies in {self.folder}: call build again with the same arguments to go on, "

@@ -209,6 +209,23 @@ def test_labels_that_are_none_do_not_make_all_right(none: int) -> None:
     assert (judge.metric, half.loss) == ("accuracy", 100.0)
 
 
+def test_labels_of_classes_that_there_are_not_are_refused() -> None:
+    with pytest.raises(mt.InvalidBatchError, match="labels below 2.*found 7"):
+        judged(None, PLAIN, NOW, {"labels": torch.full((4,), 7)})
+
+
+@pytest.mark.parametrize("more", [{"neighbours": 2}, {"length_tolerance": 3}])
+def test_a_choice_holds_for_what_was_tried_only(built: Path, more: dict[str, int]) -> None:
+    mt.tune(tiny_model(), known(), built, budget=2.0)
+    with (
+        pytest.raises(ValueError, match="as thresholds were tuned"),
+        mt.memoize(tiny_model(), built, level="tuned", **more),
+    ):
+        pass
+    with pytest.raises(ValueError, match="as thresholds were tuned"):
+        mt.evaluate(tiny_model(), known()[:1], built, levels=["tuned"], kinds=["plain", "nearest"], **more)
+
+
 def test_what_the_store_holds_has_no_part_in_the_choice(path: Path) -> None:
     model = tiny_model()
     stored = [tiny_batch([8] * 40, seed=seed) for seed in range(2)]
