@@ -210,7 +210,7 @@ def test_labels_that_are_none_do_not_make_all_right(none: int) -> None:
 
 
 def test_labels_of_classes_that_there_are_not_are_refused() -> None:
-    with pytest.raises(mt.InvalidBatchError, match="labels below 2.*found 7"):
+    with pytest.raises(mt.InvalidBatchError, match=r"labels below 2.*found 7"):
         judged(None, PLAIN, NOW, {"labels": torch.full((4,), 7)})
 
 
