@@ -164,7 +164,7 @@ def train_layer(
     epochs
         Most passes over the sample; training stops before when retrieval no longer improves. Default 30.
     seed
-        Of the first parameters and of the order; equal seeds give equal embedders.
+        Of the first parameters and of the order; equal seeds give equal embedders, with as many threads.
 
     Returns
     -------
