@@ -18,14 +18,14 @@ from .product import weighted_values
 from .sites import AttentionSite
 from .store import MemoStore
 
-__all__ = ["MemoAttention"]
+__all__ = ["NOTHING_LEFT", "MemoAttention"]
 
 _CACHE = "past_key_values"
 # Arguments that change nothing of what attention computes. Any other that is given and is no tensor might: a layer may
 # hand it on to its attention function (``is_causal``, ``sliding_window``).
 _HARMLESS = frozenset({"use_cache", "output_attentions", "output_hidden_states", "return_dict", "layer_idx"})
 # A row of probabilities whose sum is below this has lost all it attended to by being cut.
-_NOTHING_LEFT = 1e-6
+NOTHING_LEFT = 1e-6
 
 
 class MemoAttention:
@@ -244,7 +244,7 @@ class MemoAttention:
         mean = mean.repeat_interleave(sums.shape[-1] // mean.shape[1], dim=1)  # [n, heads, head_dim]
         by_head = context.unflatten(-1, (sums.shape[-1], -1)).float()
         scaled = torch.where(
-            sums[..., None] < _NOTHING_LEFT, mean[:, None], by_head / sums[..., None].clamp(min=_NOTHING_LEFT)
+            sums[..., None] < NOTHING_LEFT, mean[:, None], by_head / sums[..., None].clamp(min=NOTHING_LEFT)
         )
         return torch.where(cut.to(context.device)[:, None, None], scaled.flatten(2).to(context.dtype), context)
 

@@ -16,7 +16,15 @@ from .errors import InvalidBatchError
 from .forward import ForwardWatch
 from .sites import AttentionSite, ModelSites, patched
 
-__all__ = ["Visit", "attention_implementation", "attention_visits", "in_inference", "model_inputs", "observe"]
+__all__ = [
+    "Visit",
+    "attention_implementation",
+    "attention_visits",
+    "in_inference",
+    "model_inputs",
+    "observe",
+    "whole_inputs",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,6 +172,20 @@ def _context_of(site: AttentionSite) -> Iterator[list[Tensor]]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+def whole_inputs(batch: Mapping[str, Any], device: torch.device, sites: ModelSites) -> dict[str, Any]:
+    """Take from a batch what the model is called with where whole sequences go through it: without a cache.
+
+    Raises
+    ------
+    InvalidBatchError
+        As :func:`model_inputs`.
+    """
+    inputs = model_inputs(batch, device)
+    if sites.family.caches:
+        inputs.setdefault("use_cache", False)
+    return inputs
 
 
 def model_inputs(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:

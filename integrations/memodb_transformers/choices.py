@@ -13,7 +13,7 @@ from .store import MemoStore, read_tuned
 from .thresholds import LEVELS, TUNED
 from .tune_report import TuneReport
 
-__all__ = ["Level", "asked_profiles", "check_lookup", "check_tuned", "resolve_thresholds"]
+__all__ = ["Level", "asked_profiles", "check_lookup", "resolve_thresholds"]
 
 # A name out of LEVELS, "tuned", or the similarity itself.
 Level = str | float
@@ -46,21 +46,15 @@ def check_lookup(stores: Mapping[int, MemoStore], lookup: str, length_tolerance:
         )
 
 
-def check_tuned(level: Level, threshold: float | None, length_tolerance: int, neighbours: int) -> None:
-    """Refuse to reuse more, or something else, than the tuner tried."""
-    if isinstance(level, str) and level == TUNED and threshold is None and (length_tolerance or neighbours != 1):
-        raise ValueError(
-            "expected length_tolerance=0 and neighbours=1 with level='tuned', as thresholds were tuned; found "
-            f"length_tolerance={length_tolerance}, neighbours={neighbours}"
-        )
-
-
 def resolve_thresholds(
     stores: Mapping[int, MemoStore],
     level: Level,
     threshold: float | None,
     layers: str | Sequence[int],
     lookup: str = "layer",
+    *,
+    length_tolerance: int = 0,
+    neighbours: int = 1,
 ) -> dict[int, dict[int, float]]:
     """Find the layers to memoize and the threshold of each, for each store; see :func:`memoize`.
 
@@ -77,6 +71,12 @@ def resolve_thresholds(
     first = next(iter(stores.values()))
     wanted = _wanted(layers, first.card.layers)
     if level == TUNED and threshold is None:
+        # The tuner tried neither to reuse more, nor anything else.
+        if length_tolerance or neighbours != 1:
+            raise ValueError(
+                "expected length_tolerance=0 and neighbours=1 with level='tuned', as thresholds were tuned; found "
+                f"length_tolerance={length_tolerance}, neighbours={neighbours}"
+            )
         return _tuned(stores, wanted, lookup)
     reports = _profiles(stores)
     if not reports and (threshold is None or (isinstance(layers, str) and layers == "profiled")):

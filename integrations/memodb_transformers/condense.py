@@ -8,7 +8,6 @@ attention (Hassid et al. 2022, "How Much Does Attention Actually Attend?").
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -24,14 +23,13 @@ import memodb
 
 from .clusters import Means, group_keys
 from .errors import StoreMismatchError
-from .lookup import namespace
+from .lookup import namespace, parse_namespace
 from .options import check_count, check_store_dtype
 from .reports import hide_bar, markdown_table, readable_bytes
 from .store import Condensed, bucket_path, bucket_paths, copy_beside, making, read_condensed, stored_lengths
 
 __all__ = ["CondenseReport", "condense"]
 
-_NAMESPACE = re.compile(r"layer=(\d+)/len=(\d+)")
 # What is held in memory at once, in bytes: sums of some groups in float32, of which there are three copies for a
 # moment, and records on their way into them.
 _SUMS = 160 << 20
@@ -251,11 +249,12 @@ def _by_length(db: memodb.MemoDB) -> dict[int, dict[int, Ids]]:
     """List the records of each valid length and layer, in the order of their sequences."""
     found: dict[int, dict[int, Ids]] = {}
     for name, count in db.namespaces().items():
-        match = _NAMESPACE.fullmatch(name)
-        if match and count:
+        place = parse_namespace(name)
+        if place is not None and count:
+            layer, length = place
             ids = db.ids(name)
             if len(ids):
-                found.setdefault(int(match[2]), {})[int(match[1])] = ids
+                found.setdefault(length, {})[layer] = ids
     return {length: dict(sorted(found[length].items())) for length in sorted(found)}
 
 

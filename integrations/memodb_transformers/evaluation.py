@@ -15,10 +15,11 @@ from . import controls
 from .calibration import find_self_hits
 from .capture import in_inference, model_inputs
 from .card import ModelCard
-from .choices import Level, asked_profiles, check_lookup, check_tuned, resolve_thresholds
+from .choices import Level, asked_profiles, check_lookup, resolve_thresholds
 from .comparison import EvaluationReport, make_report
 from .embedding import Embedder
 from .errors import InvalidBatchError
+from .judge import predicts_next
 from .memoize import Memo, Thresholds
 from .plan import Stores, asked_kinds, check_lengths, check_settings, plan_trials
 from .recorder import spans_of
@@ -129,9 +130,8 @@ def evaluate(
     def thresholds(stores: Stores) -> dict[Level, dict[int, Thresholds]]:
         check_lookup(stores, lookup, length_tolerance, neighbours)
         check_lengths(stores, data)
-        for level in levels:
-            check_tuned(level, None, length_tolerance, neighbours)
-        return {level: resolve_thresholds(stores, level, None, layers, lookup) for level in levels}
+        more = {"length_tolerance": length_tolerance, "neighbours": neighbours}
+        return {level: resolve_thresholds(stores, level, None, layers, lookup, **more) for level in levels}
 
     def memo(stores: Stores, thresholds: Mapping[int, Thresholds]) -> Memo:
         return Memo(
@@ -160,7 +160,7 @@ def evaluate(
             model,
             trials,
             data,
-            next_tokens=sites.family.causal and model.can_generate(),
+            next_tokens=predicts_next(model, sites),
             similarity=similarity,
             repeats=repeats,
             hide=hide_bar(progress),

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .attention import MemoAttention
+from .attention import NOTHING_LEFT, MemoAttention
 from .capture import observe
 from .forward import Ints, Spans, present
 from .lookup import Found, gather
@@ -22,8 +22,6 @@ __all__ = ["computed_records", "cut_records", "reuse_similarities"]
 
 # Bytes of records that are float32 at a time.
 _BLOCK = 64 << 20
-# A row of probabilities whose sum is below this has lost all it attended to by being cut.
-_NOTHING_LEFT = 1e-6
 
 
 def computed_records(attention: MemoAttention, call: Mapping[str, Any], spans: Spans, store: MemoStore) -> Tensor:
@@ -106,5 +104,5 @@ def cut_records(records: Tensor, lengths: Ints, recorded: Ints) -> Tensor:
     kept = whole.masked_fill(~tokens, 0.0)
     sums = kept.sum(dim=-1, keepdim=True)
     alike = tokens / tokens.sum(dim=-1, keepdim=True).clamp(min=1)
-    scaled = torch.where(sums < _NOTHING_LEFT, alike, kept / sums.clamp(min=_NOTHING_LEFT))
+    scaled = torch.where(sums < NOTHING_LEFT, alike, kept / sums.clamp(min=NOTHING_LEFT))
     return torch.where(longer[:, None, None, None], scaled, whole)

@@ -11,10 +11,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from .errors import InvalidBatchError
+from .sites import ModelSites
 
-__all__ = ["METRICS", "Change", "Judge"]
+__all__ = ["METRICS", "Change", "Judge", "predicts_next"]
 
 METRICS = ("accuracy", "agreement", "perplexity")
 
@@ -46,6 +48,11 @@ class Change:
     def upper(self, z: float) -> float:
         """Bound the loss from above, ``z`` standard errors away."""
         return self.loss + z * self.error
+
+
+def predicts_next(model: PreTrainedModel, sites: ModelSites) -> bool:
+    """Tell whether a model's scores ``[n, L, V]`` are of the next token: classifiers have causal attention, too."""
+    return bool(sites.family.causal and model.can_generate())
 
 
 class Judge:

@@ -7,6 +7,7 @@ it); as the records of one sequence have consecutive ids, the record found tells
 
 from __future__ import annotations
 
+import re
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from time import perf_counter
@@ -23,14 +24,32 @@ from .embedding import make_keys, usable_keys
 from .forward import Ints, Spans, roll_front
 from .store import MemoStore
 
-__all__ = ["LOOKUPS", "Found", "LayerCounters", "Seconds", "fetch", "find", "gather", "namespace", "prefetch"]
+__all__ = [
+    "LOOKUPS",
+    "Found",
+    "LayerCounters",
+    "Seconds",
+    "fetch",
+    "find",
+    "gather",
+    "namespace",
+    "parse_namespace",
+    "prefetch",
+]
 
 LOOKUPS = ("layer", "sequence")
+_NAMESPACE = re.compile(r"layer=(\d+)/len=(\d+)")
 
 
 def namespace(layer: int, length: int) -> str:
     """Name the namespace of one layer's records of one valid length."""
     return f"layer={layer}/len={length}"
+
+
+def parse_namespace(name: str) -> tuple[int, int] | None:
+    """Read layer and valid length from what :func:`namespace` returned; None: another name."""
+    match = _NAMESPACE.fullmatch(name)
+    return None if match is None else (int(match[1]), int(match[2]))
 
 
 @dataclass(frozen=True, slots=True)

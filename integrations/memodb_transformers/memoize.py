@@ -15,7 +15,7 @@ import memodb
 
 from .attention import MemoAttention
 from .card import ModelCard
-from .choices import Level, asked_profiles, check_lookup, check_tuned, resolve_thresholds
+from .choices import Level, asked_profiles, check_lookup, resolve_thresholds
 from .embedding import Embedder
 from .forward import Forward, ForwardWatch, Spans
 from .lookup import Found, LayerCounters, Seconds, find, prefetch
@@ -324,8 +324,9 @@ def memoize(
     sites = find_memoizable(model)
     with open_stores(path, ModelCard.of(sites), embedder) as stores:
         check_lookup(stores, lookup, length_tolerance, neighbours)
-        check_tuned(level, threshold, length_tolerance, neighbours)
-        thresholds = resolve_thresholds(stores, level, threshold, layers, lookup)
+        thresholds = resolve_thresholds(
+            stores, level, threshold, layers, lookup, length_tolerance=length_tolerance, neighbours=neighbours
+        )
         memo = Memo(
             sites,
             stores,

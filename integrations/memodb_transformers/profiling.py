@@ -17,7 +17,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from .calibration import Calibration
-from .capture import attention_implementation, attention_visits, in_inference, model_inputs
+from .capture import attention_implementation, attention_visits, in_inference, whole_inputs
 from .card import ModelCard
 from .costs import Shape, Shapes
 from .embedding import Embedder
@@ -186,7 +186,7 @@ def _run_to_calibrate(
                 probabilities=store.target == "probs",
             )
         )
-        model(**_inputs(model, sites, batch.inputs))
+        model(**whole_inputs(batch.inputs, model.device, sites))
 
 
 def _run_to_time(
@@ -196,14 +196,7 @@ def _run_to_time(
     inputs = cut_batch(batch.inputs, batch.spans, shape)
     spans, lengths = spans_of(inputs), batch.spans.lengths[: shape.rows]
     with attention_visits(sites, lambda visit: timers[visit.site.layer].time(visit, spans, lengths)):
-        model(**_inputs(model, sites, inputs))
-
-
-def _inputs(model: PreTrainedModel, sites: ModelSites, batch: Mapping[str, Any]) -> dict[str, Any]:
-    inputs = model_inputs(batch, model.device)
-    if sites.family.caches:
-        inputs.setdefault("use_cache", False)
-    return inputs
+        model(**whole_inputs(inputs, model.device, sites))
 
 
 def _usable(batches: Iterable[Any], longest: int) -> list[_Batch]:

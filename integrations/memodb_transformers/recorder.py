@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +14,14 @@ from transformers import PreTrainedModel
 
 import memodb
 
-from .capture import Visit, attention_implementation, attention_visits
+from .capture import Visit, attention_implementation, attention_visits, whole_inputs
 from .embedding import Embedder, make_keys, usable_keys
 from .errors import InvalidBatchError, UnsupportedModelError
 from .forward import Ints, Spans, find_spans, present, roll_front
 from .lookup import namespace
 from .sites import ModelSites
 
-__all__ = ["Recorder", "batch_shape", "canonical", "cut_rows", "spans_of"]
+__all__ = ["Recorder", "batch_shape", "canonical", "count_sequences", "cut_rows", "spans_of"]
 
 # All layers of a sequence go into one put, so that their ids are consecutive; a batch is cut to keep these together
 # below this many bytes.
@@ -143,9 +143,7 @@ class Recorder:
         self._spans = spans
         self._records = torch.empty((n, layers, *self._shape), dtype=self._dtype)
         self._keys = np.empty((n, layers, self._embedder.key_dim), dtype=np.float32)
-        inputs = {k: v.to(self._model.device) if isinstance(v, Tensor) else v for k, v in inputs.items()}
-        if self._sites.family.caches:
-            inputs.setdefault("use_cache", False)
+        inputs = whole_inputs(inputs, self._model.device, self._sites)
         with (
             attention_implementation(self._model, "eager"),
             attention_visits(self._sites, self._receive, probabilities=self._target == "probs"),
@@ -220,6 +218,11 @@ def batch_shape(inputs: Mapping[str, Any]) -> tuple[int, int]:
         found = list(source.shape) if isinstance(source, Tensor) else type(source).__name__
         raise InvalidBatchError(f"expected input_ids of shape [n, L]; found {found}")
     return int(source.shape[0]), int(source.shape[1])
+
+
+def count_sequences(batches: Iterable[Mapping[str, Any]]) -> int:
+    """Count the sequences of batches."""
+    return sum(batch_shape(batch)[0] for batch in batches)
 
 
 def spans_of(inputs: Mapping[str, Any]) -> Spans:

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
-from .capture import Visit, attention_implementation, attention_visits
+from .capture import Visit, attention_implementation, attention_visits, whole_inputs
 from .forward import Ints, Spans, present, roll_front
 from .recorder import canonical, spans_of
 from .similarity import Floats, context_matrix, similarity_matrix
@@ -122,7 +122,7 @@ class Samples:
                 attention_implementation(model, "eager"),
                 attention_visits(sites, receive, probabilities=target == "probs"),
             ):
-                model(**_on(batch, sites, model.device))
+                model(**whole_inputs(batch, model.device, sites))
             place = now.stop
             if bar is not None:
                 bar.update()
@@ -163,11 +163,6 @@ class Samples:
 def _spaced(length: int, rows: int) -> Ints:
     """Choose at most ``rows`` of ``length`` rows, evenly spaced."""
     return np.unique(np.linspace(0, length - 1, min(rows, length)).round().astype(np.int64))
-
-
-def _on(batch: dict[str, Any], sites: ModelSites, device: torch.device) -> dict[str, Any]:
-    inputs = {name: value.to(device) for name, value in batch.items()}
-    return {"use_cache": False, **inputs} if sites.family.caches else inputs
 
 
 def _make(folder: Path, name: str, shape: tuple[int, ...], dtype: Any) -> NDArray[Any]:

@@ -13,10 +13,10 @@ from torch import Tensor
 from .capture import model_inputs
 from .errors import InvalidBatchError
 from .forward import Ints, Spans
-from .recorder import batch_shape, cut_rows, spans_of
+from .recorder import batch_shape, count_sequences, cut_rows, spans_of
 from .store import smallest_fitting
 
-__all__ = ["Share", "regroup", "share_out"]
+__all__ = ["Share", "share_out"]
 
 # Of ten sequences one is kept out to profile with and, where thresholds are tuned, another one to tune with: what is
 # calibrated on records that find themselves would be worthless.
@@ -66,7 +66,7 @@ class Share:
             before += len(rows)
             if len(here):
                 parts.append(_tensors(inputs, here, len(spans)))
-        return regroup(parts, self.batch_size)
+        return _regroup(parts, self.batch_size)
 
 
 def share_out(
@@ -109,7 +109,7 @@ def share_out(
             (profile, _PROFILED, _PROFILED_MOST, share.profiled, {}),
             (tune, _TUNED, _TUNED_MOST, share.tuned, _labels(batch, rows)),
         ):
-            held = sum(len(next(iter(part.values()))) for part in parts)
+            held = count_sequences(parts)
             chosen = usable[turns == turn][: most - held] if wanted else usable[:0]
             if len(chosen):
                 parts.append(_tensors({**inputs, **extra}, chosen, rows))
@@ -123,12 +123,12 @@ def share_out(
             "expected a batch with a sequence whose tokens lie together; found none: nothing was recorded"
         )
     for share in filled.values():
-        share.profiled = regroup(share.profiled, share.batch_size)
-        share.tuned = regroup(share.tuned, share.batch_size)
+        share.profiled = _regroup(share.profiled, share.batch_size)
+        share.tuned = _regroup(share.tuned, share.batch_size)
     return filled, longer
 
 
-def regroup(batches: list[dict[str, Any]], rows: int) -> list[dict[str, Any]]:
+def _regroup(batches: list[dict[str, Any]], rows: int) -> list[dict[str, Any]]:
     """Join the few rows taken from each batch into batches of the usual size: costs depend on it."""
     alike: dict[Any, list[dict[str, Any]]] = {}
     for batch in batches:

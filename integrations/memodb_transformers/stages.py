@@ -22,7 +22,7 @@ from .embedding import Embedder, RandomProjection
 from .errors import InvalidBatchError
 from .performance import ProfileReport
 from .profiling import profile_store
-from .recorder import Recorder, batch_shape
+from .recorder import Recorder, count_sequences
 from .reports import hide_bar
 from .samples import Samples, sample_bytes
 from .shares import Share
@@ -102,7 +102,7 @@ class StoreBuild:
         return BuildReport(
             path=str(self._place),
             sequences=recorded["sequences"],
-            held_out=sum(batch_shape(batch)[0] for batch in (*share.profiled, *share.tuned)),
+            held_out=count_sequences([*share.profiled, *share.tuned]),
             skipped=share.skipped + recorded["skipped"],
             layers=layers,
             records=records,
@@ -135,7 +135,8 @@ class StoreBuild:
                     **self._options,
                 ).close()
                 shutil.rmtree(trial, ignore_errors=True)
-        if self._settings["budget"] is not None and self._share.tuned:
+        tuned = self._work.noted(f"L={self._length}/tune") is not None
+        if self._settings["budget"] is not None and self._share.tuned and not tuned:
             check_judged(self._model, self._sites, self._share.tuned[0])
 
     def _stage(self, name: str, do: Callable[[], Any]) -> Any:
@@ -280,7 +281,7 @@ class StoreBuild:
 
 def tunable(share: Share, budget: float) -> bool:
     """Tell whether enough sequences are kept out to tune with."""
-    return sum(batch_shape(batch)[0] for batch in share.tuned) >= fewest_tuned(budget)
+    return count_sequences(share.tuned) >= fewest_tuned(budget)
 
 
 def untrained(padded_length: int, sites: ModelSites, key_dim: int, seed: int) -> RandomProjection:

@@ -17,18 +17,18 @@ import numpy as np
 from transformers import PreTrainedModel
 
 from .calibration import find_self_hits
-from .capture import in_inference, model_inputs
+from .capture import in_inference, model_inputs, whole_inputs
 from .card import ModelCard
 from .choices import check_lookup
 from .embedding import Embedder
 from .errors import InvalidBatchError, StoreMismatchError
-from .judge import Change, Judge
+from .judge import Change, Judge, predicts_next
 from .performance import ProfileReport
-from .recorder import batch_shape, cut_rows, spans_of
+from .recorder import batch_shape, count_sequences, cut_rows, spans_of
 from .sites import ModelSites, find_memoizable
 from .store import MemoStore, open_stores, smallest_fitting, write_tuned
 from .tune_report import TuneReport, pooled
-from .ways import Numbered, Thresholds, WaysTried, confirm, count_sequences, find_boldest, order_ways
+from .ways import Numbered, Thresholds, WaysTried, confirm, find_boldest, order_ways
 
 __all__ = ["TuneReport", "check_budget", "check_judged", "fewest_tuned", "tune", "tune_budgets", "tune_store"]
 
@@ -189,9 +189,7 @@ def tune_budgets(
             f"found {sum(counts)}, and {self_hits} that it holds"
         )
     z = statistics.NormalDist().inv_cdf(confidence)
-    trial = WaysTried(
-        model, sites, store, Judge(metric, causal=sites.family.causal and model.can_generate()), lookup, progress
-    )
+    trial = WaysTried(model, sites, store, Judge(metric, causal=predicts_next(model, sites)), lookup, progress)
     with in_inference(model), trial:
         trial.remember([pair for half in halves for pair in half])
         if trial.judge.metric != "perplexity":
@@ -265,7 +263,7 @@ def _check_enough(budget: float, confidence: float, found: int) -> None:
 
 def check_judged(model: PreTrainedModel, sites: ModelSites, batch: Mapping[str, Any]) -> None:
     """Refuse a model whose outputs cannot be judged, or data that say nothing of them, before anything is built."""
-    judge = Judge(None, causal=sites.family.causal and model.can_generate())
+    judge = Judge(None, causal=predicts_next(model, sites))
     with in_inference(model):
         output = model(**model_inputs(batch, model.device))
     logits = getattr(output, "logits", None)
@@ -281,9 +279,7 @@ def _without_self_hits(
     count = 0
     with in_inference(model):
         for batch in batches:
-            inputs = model_inputs(batch, model.device)
-            if sites.family.caches:
-                inputs.setdefault("use_cache", False)
+            inputs = whole_inputs(batch, model.device, sites)
             spans = spans_of(inputs)
             themselves = find_self_hits(model, sites, store, inputs, spans)
             count += int(themselves.sum())

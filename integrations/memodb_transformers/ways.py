@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -13,12 +13,12 @@ from .capture import model_inputs
 from .judge import Change, Judge
 from .memoize import Memo
 from .performance import ProfileReport
-from .recorder import batch_shape
+from .recorder import count_sequences
 from .reports import hide_bar
 from .sites import ModelSites
 from .store import MemoStore
 
-__all__ = ["Numbered", "Thresholds", "WaysTried", "confirm", "count_sequences", "find_boldest", "order_ways"]
+__all__ = ["Numbered", "Thresholds", "WaysTried", "confirm", "find_boldest", "order_ways"]
 
 # Hit rates that a layer's threshold is tried at.
 _RATES = (0.25, 0.5, 0.75, 1.0)
@@ -184,8 +184,3 @@ def confirm(
         if change.upper(z) <= budget:
             return thresholds, rate, change
     return {}, 0.0, Change(0.0, 0.0, 0.0, 0)
-
-
-def count_sequences(batches: Sequence[Mapping[str, Any]]) -> int:
-    """Count the sequences of batches."""
-    return sum(batch_shape(batch)[0] for batch in batches)

@@ -82,7 +82,7 @@ class Work:
 
     @contextmanager
     def entered(self) -> Iterator[None]:
-        """Make the folder, or go on with the one there is; on an error that a second call could not cure, remove it.
+        """Make the folder, or go on with the one there is; on an error before any stage is done, remove it.
 
         Raises
         ------
@@ -200,8 +200,10 @@ class Work:
         file = self.folder / _JOURNAL
         if not file.exists():
             # Killed before its first note, or none of ours: then it is not empty.
-            strange = [part.name for part in self.folder.iterdir() if part.name not in ("stores", f"{_JOURNAL}.tmp")]
-            if [name for name in strange if not name.startswith("work-")]:
+            ours = ("stores", f"{_JOURNAL}.tmp")
+            names = sorted(part.name for part in self.folder.iterdir())
+            strange = [name for name in names if name not in ours and not name.startswith("work-")]
+            if strange:
                 raise memodb.StoreExistsError(
                     f"{self.folder} is where the store would be built, but holds {strange[0]!r}: remove it, or choose "
                     "another path"
