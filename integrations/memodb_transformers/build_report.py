@@ -41,7 +41,7 @@ class BuildReport:
     embedder
         Kind of the embedder.
     training, condensed, tuned
-        How these stages went; None where they were not asked for.
+        How these stages went; None where they were not asked for, and with length buckets: see there.
     stages
         Time, memory and bytes of each stage.
     buckets

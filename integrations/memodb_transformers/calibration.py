@@ -17,10 +17,10 @@ from transformers import PreTrainedModel
 
 from .capture import Visit, attention_implementation, attention_visits
 from .embedding import make_keys
+from .fidelity import reuse_similarities
 from .forward import Ints, Spans, roll_front
 from .lookup import Found, find
 from .recorder import canonical
-from .similarity import context_similarities, similarity_scores
 from .sites import ModelSites
 from .store import MemoStore
 
@@ -71,6 +71,8 @@ class Calibration:
         first = self._first
         assert first is not None
         self._pairs[layer].add(self._counted, found.distances, scores)
+        if store.condensed is not None and store.condensed.by == "layer":
+            return  # the means of different layers are of different sequences
         shifted = np.where(first.ids >= 0, first.ids + layer, -1)
         self._by_sequence[layer].add(self._counted, first.distances, _similarities(own, spans, shifted, store))
 
@@ -105,7 +107,7 @@ def find_self_hits(
 
 
 def _find_themselves(
-    store: MemoStore, hidden: Tensor, spans: Spans, found: Found, scores: NDArray[np.float64]
+    store: MemoStore, hidden: Tensor, spans: Spans, found: Found, scores: NDArray[np.float32]
 ) -> NDArray[np.bool_]:
     """Tell which rows found their own record at the first layer: bool ``[n]``.
 
@@ -132,7 +134,7 @@ class _Pairs:
         self.distances: list[float | None] = []
         self.similarities: list[float | None] = []
 
-    def add(self, rows: Ints, distances: NDArray[np.float32], scores: NDArray[np.float64]) -> None:
+    def add(self, rows: Ints, distances: NDArray[np.float32], scores: NDArray[np.float32]) -> None:
         """Add some rows of a batch."""
         for row in rows.tolist():
             known = not np.isnan(scores[row])
@@ -140,13 +142,6 @@ class _Pairs:
             self.similarities.append(float(scores[row]) if known else None)
 
 
-def _similarities(own: Tensor, spans: Spans, ids: Ints, store: MemoStore) -> NDArray[np.float64]:
-    """Compare what a layer computed with the records that would be reused: ``[n]``, NaN where there is none."""
-    scores = np.full(len(ids), np.nan)
-    rows = np.flatnonzero(ids >= 0)
-    if len(rows):
-        compare = context_similarities if store.target == "context" else similarity_scores
-        records = store.db.multiget_mapped(ids[rows]).torch()
-        lengths = torch.from_numpy(spans.lengths[rows])
-        scores[rows] = compare(own[torch.from_numpy(rows)], records, lengths).double().numpy()
-    return scores
+def _similarities(own: Tensor, spans: Spans, ids: Ints, store: MemoStore) -> NDArray[np.float32]:
+    """Compare what a layer computed with the records of these ids: ``[n]``, NaN where there is none."""
+    return reuse_similarities(own, spans, store, Found(ids, np.zeros(len(ids), np.float32), spans.lengths, len(ids)))

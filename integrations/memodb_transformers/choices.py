@@ -97,7 +97,7 @@ def _tuned(stores: Mapping[int, MemoStore], wanted: list[int], lookup: str) -> d
         )
     chosen: dict[int, dict[int, float]] = {length: {} for length in stores}
     for length, plain in found.items():
-        report = TuneReport.from_dict(plain)
+        report = TuneReport.from_dict(plain, stores[length].path)
         if report.lookup != lookup:
             raise StoreMismatchError(
                 f"the store at {stores[length].path} was tuned for lookup={report.lookup!r}; found lookup={lookup!r}"

@@ -109,7 +109,8 @@ def condense(
 
     The keys of each layer and length are clustered; of each cluster the mean record is kept, under the mean key, with
     its size and spread. Records are streamed: neither store needs to fit into memory. The new store has no profile yet,
-    as distances to means are others: :func:`memodb_transformers.profile` makes it.
+    as distances to means are others: :func:`memodb_transformers.profile` makes it. What a killed call leaves is refused
+    as no memo store; it has to be removed before the next.
 
     Parameters
     ----------
@@ -149,7 +150,7 @@ def condense(
     parts = bucket_paths(root)
     pairs = [(part, bucket_path(target, length)) for part, length in zip(parts, lengths, strict=False)]
     began = perf_counter()
-    with making(target, folder=bool(parts)):
+    with making(target, folder=bool(parts), permissions=options.get("permissions", 0o700)):
         reports = [
             _condense_one(source, out, most, max_bytes, by, store_dtype, backend, seed, progress, options)
             for source, out in pairs or [(root, target)]

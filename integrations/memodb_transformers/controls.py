@@ -92,7 +92,8 @@ class Fidelity:
         store, found = self._reuse(attention, call, spans, store, found)
         if (found.ids >= 0).any():
             own = computed_records(attention, call, spans, store)
-            self.scores.append(reuse_similarities(own, spans, store, found))
+            scores = reuse_similarities(own, spans, store, found)
+            self.scores.append(scores[~np.isnan(scores)])
         return store, found
 
 

@@ -60,11 +60,11 @@ def reuse_similarities(own: Tensor, spans: Spans, store: MemoStore, found: Found
     Returns
     -------
     ndarray
-        float32 ``[hits]``.
+        float32 ``[n]``; NaN where nothing is reused.
     """
     records, ids = gather(store.db, found)
     rows = np.flatnonzero(ids >= 0)
-    scores = np.zeros(len(rows), dtype=np.float32)
+    scores = np.full(len(ids), np.nan, dtype=np.float32)
     if records is None:
         return scores
     step = max(1, _BLOCK // (4 * records[0].numel()))
@@ -76,7 +76,7 @@ def reuse_similarities(own: Tensor, spans: Spans, store: MemoStore, found: Found
             score = context_similarities(mine, stored, lengths)
         else:
             score = similarity_scores(mine, cut_records(stored, spans.lengths[some], found.lengths[some]), lengths)
-        scores[start : start + step] = score.numpy()
+        scores[some] = score.numpy()
     return scores
 
 

@@ -71,6 +71,7 @@ class Judge:
         if metric is not None and metric not in METRICS:
             raise ValueError(f"expected metric to be one of {', '.join(METRICS)}; found {metric!r}")
         self.metric = metric
+        self._asked = metric is not None
         self._causal = causal
         self._plain: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
 
@@ -79,6 +80,11 @@ class Judge:
         scores, _, labels, following = self._read(logits, batch)
         if self.metric is None:
             self.metric = "perplexity" if following else "agreement" if labels is None else "accuracy"
+        if self.metric == "agreement" and labels is not None and not self._asked:
+            raise InvalidBatchError(
+                "expected labels in every batch or in none; found some after batches without: give them all, or "
+                "metric='agreement'"
+            )
         if self.metric == "accuracy" and labels is None:
             raise InvalidBatchError(
                 "expected labels in every batch for a budget on accuracy, not negative where they count; found none: "
@@ -140,13 +146,7 @@ class Judge:
         mask = batch.get("attention_mask")
         if scores.dim() == 3 and mask is not None:
             valid = mask.cpu().ne(0)
-        labels = batch.get("labels")
-        if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.shape != scores.shape[:-1]:
-            labels = None
-        elif scores.dim() == 2:
-            labels = labels.cpu()[:, None]
-        else:
-            labels = labels.cpu()
+        labels = self._labels(batch, scores)
         classes = scores.shape[-1]
         if labels is not None and labels.numel() and int(labels.max()) >= classes:
             raise InvalidBatchError(
@@ -158,6 +158,22 @@ class Judge:
         if following:
             return whole[:, :-1], valid[:, :-1] & valid[:, 1:], None if labels is None else labels[:, 1:], True
         return whole, valid, labels, False
+
+    def _labels(self, batch: Mapping[str, Any], scores: Tensor) -> Tensor | None:
+        """Take the labels ``[n, tokens]``, which have to be classes; for agreement it does not matter what they are."""
+        labels = batch.get("labels")
+        if labels is None or (self.metric == "agreement" and self._asked):
+            return None
+        wanted = list(scores.shape[:-1])
+        whole = isinstance(labels, Tensor) and not labels.is_floating_point() and labels.dtype != torch.bool
+        if not whole or list(labels.shape) != wanted:
+            found = f"{labels.dtype} {list(labels.shape)}" if isinstance(labels, Tensor) else type(labels).__name__
+            raise InvalidBatchError(
+                f"expected labels to be a tensor of class numbers of shape {wanted}; found {found}: give such labels, "
+                "or metric='agreement' to compare with the plain model's predictions"
+            )
+        own: Tensor = labels.detach().cpu().long()
+        return own[:, None] if scores.dim() == 2 else own
 
     @staticmethod
     def _next(batch: Mapping[str, Any], labels: Tensor | None) -> Tensor:

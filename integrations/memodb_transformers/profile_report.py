@@ -24,7 +24,9 @@ def profile_markdown(report: ProfileReport) -> str:
     header = ["layer", *(f"{part} us" for part in _parts(report)), "similarity of nearest"]
     for level in LEVELS:
         header += [f"{level} alpha", f"{level} benefit us"]
-    header += ["by sequence: similarity", f"{_CHARTED} alpha", f"{_CHARTED} benefit us"]
+    by_sequence = any(row.sequence_distances for row in report.layers)
+    if by_sequence:
+        header += ["by sequence: similarity", f"{_CHARTED} alpha", f"{_CHARTED} benefit us"]
     rows = []
     for row in report.layers:
         cells: list[object] = [row.layer, *(_micro(row.seconds(part)) for part in _parts(report))]
@@ -32,17 +34,20 @@ def profile_markdown(report: ProfileReport) -> str:
         for similarity in LEVELS.values():
             threshold = row.threshold(similarity)
             cells += [row.alpha(threshold), _micro(row.benefit(threshold))]
-        threshold = row.threshold(LEVELS[_CHARTED], "sequence")
-        cells.append(_mean(row.sequence_similarities))
-        cells += [row.alpha(threshold, "sequence"), _micro(row.benefit(threshold, "sequence"))]
+        if by_sequence:
+            threshold = row.threshold(LEVELS[_CHARTED], "sequence")
+            cells.append(_mean(row.sequence_similarities))
+            cells += [row.alpha(threshold, "sequence"), _micro(row.benefit(threshold, "sequence"))]
         rows.append(cells)
     left_out = f" ({report.self_hits} more are in the store and were left out)" if report.self_hits else ""
     note = (
         f"us per sequence, from {report.sequences} held-out sequences{left_out}, batches of {report.batch_size}, "
         f"{report.threads} threads, attention {report.attention}. Benefit is Eq. 3 of the AttMemo paper: above 0 the "
-        'layer pays. By sequence: with lookup="sequence", whose one lookup is not in these benefits.\n'
+        "layer pays."
     )
-    return "\n".join([markdown_table(header, rows), note, _chart(report), _scaling(report)])
+    if by_sequence:
+        note += ' By sequence: with lookup="sequence", whose one lookup is not in these benefits.'
+    return "\n".join([markdown_table(header, rows), f"{note}\n", _chart(report), _scaling(report)])
 
 
 def _parts(report: ProfileReport) -> list[str]:

@@ -205,7 +205,7 @@ def build(
         report = _total(root, made, skipped, perf_counter() - began, buckets=bool(lengths))
         for length, part in zip(shares, report.buckets or [report], strict=True):
             write_json(work.store(length) / MEMO_FILES / "build.json", part.to_dict())
-        work.finish(shares, buckets=bool(lengths))
+        work.finish(shares, buckets=bool(lengths), permissions=options.get("permissions", 0o700))
     return report
 
 

@@ -107,7 +107,7 @@ def share_out(
         kept_out: list[Ints] = []
         for wanted, turn, most, parts, extra in (
             (profile, _PROFILED, _PROFILED_MOST, share.profiled, {}),
-            (tune, _TUNED, _TUNED_MOST, share.tuned, _labels(batch, rows)),
+            (tune, _TUNED, _TUNED_MOST, share.tuned, _labels(batch, rows) if tune else {}),
         ):
             held = count_sequences(parts)
             chosen = usable[turns == turn][: most - held] if wanted else usable[:0]
@@ -159,7 +159,15 @@ def _bucket(padded: int, lengths: Sequence[int], shares: Mapping[int, Share]) ->
 
 def _labels(batch: Mapping[str, Any], rows: int) -> dict[str, Any]:
     labels = batch.get("labels")
-    return {"labels": labels.cpu()} if isinstance(labels, Tensor) and labels.dim() and len(labels) == rows else {}
+    if labels is None:
+        return {}
+    if not isinstance(labels, Tensor) or not labels.dim() or len(labels) != rows:
+        found = f"shape {list(labels.shape)}" if isinstance(labels, Tensor) else f"a {type(labels).__name__}"
+        raise InvalidBatchError(
+            f"expected labels to be a tensor with a row for each of the {rows} sequences of its batch; found {found}. "
+            "Without labels it is agreement with the plain model that is kept"
+        )
+    return {"labels": labels.cpu()}
 
 
 def _tensors(inputs: Mapping[str, Any], chosen: Ints, rows: int) -> dict[str, Any]:

@@ -276,7 +276,7 @@ class StoreBuild:
                 )
             return report.to_dict()
 
-        return TuneReport.from_dict(self._stage("tune", choose))
+        return TuneReport.from_dict(self._stage("tune", choose), self._place)
 
 
 def tunable(share: Share, budget: float) -> bool:

@@ -29,7 +29,7 @@ import torch
 from numpy.typing import NDArray
 
 import memodb
-from memodb.safe import Guard
+from memodb.safe import Guard, set_permissions
 
 from .card import ModelCard
 from .embedding import Embedder, load_embedder, make_keys
@@ -193,7 +193,7 @@ def write_store(
 
 
 @contextmanager
-def making(path: Path, *, folder: bool) -> Iterator[None]:
+def making(path: Path, *, folder: bool, permissions: int = 0o700) -> Iterator[None]:
     """Make a store, or a folder of stores, in a block; what is left by an error is removed, if it was made there.
 
     Raises
@@ -211,6 +211,8 @@ def making(path: Path, *, folder: bool) -> Iterator[None]:
             raise exists from None
     try:
         yield
+        if folder:
+            set_permissions(path, permissions)  # last: the stores in it have checked them
     except BaseException as error:
         if folder or not isinstance(error, memodb.StoreExistsError):  # that one somebody else has made meanwhile
             shutil.rmtree(path, ignore_errors=True)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import statistics
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from time import perf_counter
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from .attention import MemoAttention
@@ -65,6 +66,8 @@ class LayerTimer:
 
     def __init__(self, layer: int, store: MemoStore, *, compiled: bool = False) -> None:
         self._layer, self._store, self._compiled = layer, store, compiled
+        self._pools: dict[int, Ints] = {}
+        self._random = np.random.default_rng(layer)
         self._faster: Callable[..., Any] | None = None
         self._times: dict[Shape, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
 
@@ -86,10 +89,14 @@ class LayerTimer:
         # A row with no neighbour borrows one: only time is measured here.
         ids = np.where(found >= 0, found, found.max())
         times = self._times[Shape(*hidden.shape[:2])]
+        draws = self._draw(lengths, ids)
 
-        def attend(ids: Ints) -> Callable[[], Any]:
-            chosen = Found(ids, np.zeros(len(ids), dtype=np.float32), spans.lengths, len(ids))
-            return lambda: memo.attend(visit.args, visit.kwargs, visit.call, spans, store, chosen)
+        def attend(hits: NDArray[np.bool_]) -> Callable[[], Any]:
+            # Other records each time: those of the last one lie in the caches, where those of a new batch do not.
+            drawn = [np.where(hits, next(draws), -1) for _ in range(_REPEATS)]
+            distances = np.zeros(len(ids), dtype=np.float32)
+            chosen = iter([Found(some, distances, spans.lengths, len(ids)) for some in drawn])
+            return lambda: memo.attend(visit.args, visit.kwargs, visit.call, spans, store, next(chosen))
 
         def measure(part: str, call: Callable[[], Any]) -> None:
             times[part].append(_least_seconds(call, hidden))
@@ -105,9 +112,9 @@ class LayerTimer:
             measure("attention", lambda: faster(*visit.args, **visit.kwargs))
         measure("lookup", look_up)
         if ids.max() >= 0:
-            measure("hit", attend(ids))
+            measure("hit", attend(np.ones(len(ids), dtype=np.bool_)))
         if ids.max() >= 0 and len(ids) > 1:
-            measure("mixed", attend(np.where(np.arange(len(ids)) % 2 == 0, ids, -1)))
+            measure("mixed", attend(np.arange(len(ids)) % 2 == 0))
 
     def result(self, reference: Shape) -> dict[str, Any]:
         """Return what :class:`LayerProfile` says of costs, by the names of its fields."""
@@ -141,6 +148,26 @@ class LayerTimer:
             "split": None if mixed is None else max(0.0, mixed - (miss + hit) / 2),
             "uncompiled": max(0.0, miss - attention),
         }
+
+    def _draw(self, lengths: Ints, ids: Ints) -> Iterator[Ints]:
+        """Draw records for one call after the other, of each row's own layer and length; ``ids`` where there are none.
+
+        Yields
+        ------
+        ndarray
+            int64 ``[n]``, without an end.
+        """
+        pools = [self._pool(length) for length in lengths.tolist()]
+        while True:
+            yield np.array(
+                [self._random.choice(pool) if len(pool) else own for pool, own in zip(pools, ids, strict=True)]
+            )
+
+    def _pool(self, length: int) -> Ints:
+        """List the records of one valid length, once: it goes through the names of all."""
+        if length not in self._pools:
+            self._pools[length] = self._store.db.ids(namespace(self._layer, length))
+        return self._pools[length]
 
     def _lookup(self, hidden: Tensor, spans: Spans, lengths: Ints) -> Callable[[], Ints]:
         """Make the call that finds ids for a batch."""

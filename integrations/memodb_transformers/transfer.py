@@ -38,7 +38,7 @@ def copy(
     lengths = stored_lengths(root)  # says so if it is no memo store
     settings = options if backend is None else {**options, "backend": backend}
     parts = bucket_paths(root)
-    with making(target, folder=bool(parts)):
+    with making(target, folder=bool(parts), permissions=options.get("permissions", 0o700)):
         for part, length in zip(parts, lengths, strict=False):
             _copy_one(part, bucket_path(target, length), settings)
         if not parts:

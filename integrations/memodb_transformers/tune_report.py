@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from .errors import StoreMismatchError
@@ -72,8 +73,8 @@ class TuneReport:
         return plain
 
     @classmethod
-    def from_dict(cls, plain: Mapping[str, Any]) -> TuneReport:
-        """Read a report back.
+    def from_dict(cls, plain: Mapping[str, Any], path: Path) -> TuneReport:
+        """Read back the report of the store at ``path``.
 
         Raises
         ------
@@ -84,10 +85,10 @@ class TuneReport:
             thresholds = {int(layer): float(value) for layer, value in plain["thresholds"].items()}
             if any(not 0 <= value < float("inf") for value in thresholds.values()):
                 raise ValueError(f"thresholds {thresholds}")
-            parts = tuple(cls.from_dict(part) for part in plain["buckets"])
+            parts = tuple(cls.from_dict(part, path) for part in plain["buckets"])
             return cls(**{**plain, "thresholds": thresholds, "buckets": parts})
         except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
-            raise StoreMismatchError(f"tuned.json is damaged ({error!r}): tune the store again") from error
+            raise StoreMismatchError(f"tuned.json of {path} is damaged ({error!r}): tune the store again") from error
 
     def to_markdown(self) -> str:
         """Return the report as Markdown."""

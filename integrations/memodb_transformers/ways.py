@@ -26,6 +26,8 @@ _RATES = (0.25, 0.5, 0.75, 1.0)
 _ALONE = 256
 # Harm below this is none: it would make a gain look endless.
 _LEAST_HARM = 1e-9
+# A way is not measured again when it would have to be so many times better than before to come first.
+_HOPE = 4.0
 # Further ways tried after the first that is over the budget.
 _MORE = 6
 
@@ -107,35 +109,38 @@ def _by_gain(
 ) -> list[Thresholds]:
     """Go from timid to bold, at each step by what saves most for the harm that it adds to what is reused already.
 
-    Harms of layers do not just add up, so they are measured together. What did little good at an earlier step is only
-    measured again when it would come first by that.
+    Harms of layers do not just add up: a layer that is fed by one that reuses may be harmed less by reuse of its own,
+    or more. So each layer's best next way is measured on top of the last step, but for those that did so little good
+    when they were last measured that they will hardly come first now.
     """
     path: list[Thresholds] = [{}]
     now = dict.fromkeys(options, -1)
     harm = 0.0
-    known = {
-        (layer, place): (saved / max(damage, _LEAST_HARM), 0, damage)
-        for layer, ways in options.items()
-        for place, (_, saved, damage) in enumerate(ways)
-    }
+    # What each way adds to the harm, as it was last measured.
+    adds = {(layer, place): damage for layer, ways in options.items() for place, (*_, damage) in enumerate(ways)}
+
+    def ratio(layer: int, place: int) -> float:
+        return _gain(options[layer], now[layer], place) / max(adds[layer, place], _LEAST_HARM)
+
     while True:
-        gains = {
-            key: ratio
-            for key, (ratio, _, _) in known.items()
-            if key[1] > now[key[0]] and _gain(options[key[0]], now[key[0]], key[1]) > 0
+        bolder = {
+            layer: [place for place in range(now[layer] + 1, len(ways)) if _gain(ways, now[layer], place) > 0]
+            for layer, ways in options.items()
         }
-        if not gains:
+        best = {layer: max(places, key=lambda p: ratio(layer, p)) for layer, places in bolder.items() if places}
+        if not best:
             return path
-        layer, place = max(gains, key=lambda key: gains[key])
-        bolder = {**path[-1], layer: options[layer][place][0]}
-        _, measured, damage = known[layer, place]
-        if measured == len(path) - 1:
-            now[layer], harm = place, damage
-            path.append(bolder)
-            continue
-        damage = trial.run(bolder, batches)[0].damage
-        ratio = _gain(options[layer], now[layer], place) / max(damage - harm, _LEAST_HARM)
-        known[layer, place] = (ratio, len(path) - 1, damage)
+        first = 0.0
+        for layer in sorted(best, key=lambda layer: -ratio(layer, best[layer])) if len(path) > 1 else ():
+            place = best[layer]
+            if ratio(layer, place) * _HOPE >= first:
+                tried = trial.run({**path[-1], layer: options[layer][place][0]}, batches)[0]
+                adds[layer, place] = tried.damage - harm
+                first = max(first, ratio(layer, place))
+        layer = max(best, key=lambda layer: ratio(layer, best[layer]))
+        now[layer] = best[layer]
+        path.append({**path[-1], layer: options[layer][now[layer]][0]})
+        harm = trial.run(path[-1], batches)[0].damage
 
 
 def _gain(ways: list[tuple[float, float, float]], now: int, place: int) -> float:

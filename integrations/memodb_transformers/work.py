@@ -26,7 +26,7 @@ import numpy as np
 import torch
 
 import memodb
-from memodb.safe import Guard
+from memodb.safe import Guard, set_permissions
 
 from .errors import UnfinishedBuildError
 
@@ -151,12 +151,13 @@ class Work:
         """Return what was written into the journal, or None."""
         return self._journal["done"].get(key)
 
-    def finish(self, lengths: Iterable[int], *, buckets: bool) -> None:
+    def finish(self, lengths: Iterable[int], *, buckets: bool, permissions: int) -> None:
         """Move what was built to its place and remove the folder."""
         self.note(_MOVING, value=True)
         chosen = self.folder / "stores"
         if not buckets:
             chosen = self.store(next(iter(lengths)))
+        set_permissions(chosen, permissions)
         try:
             os.rename(chosen, self.path)
         except OSError as error:
@@ -218,8 +219,8 @@ class Work:
         other = sorted(name for name in {*settings, *self._settings} if settings.get(name) != self._settings.get(name))
         if other:
             raise UnfinishedBuildError(
-                f"{self.folder} holds an unfinished build with another {', '.join(other)}: call build as it was called "
-                "then, or remove that folder"
+                f"{self.folder} holds an unfinished build that differs in: {', '.join(other)}. Call build as it was "
+                "called then, or remove that folder"
             )
         self._journal = {"settings": settings, "done": dict(done)}
         if _MOVING in done and not any(self.folder.glob("stores/L=*")):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import stat
 import sys
 from pathlib import Path
 from typing import Any
@@ -205,6 +206,16 @@ def test_each_bucket_is_condensed(path: Path, out: Path) -> None:
         for batch in batches:
             logits(model, batch)
     assert memo.stats()["memoization_rate"] == 1.0
+
+
+def test_a_group_may_enter_the_folder_of_buckets(path: Path, out: Path) -> None:
+    batches = [tiny_batch([5] * 6, padded=8), tiny_batch([12] * 6)]
+    mt.build(tiny_model(), batches, path, buckets=(8, PADDED), permissions=0o750, **BARE)
+    mt.condense(path, out, records_per_namespace=2, permissions=0o750)
+    copied = out.with_name("copied")
+    mt.copy(path, copied, permissions=0o750)
+    for folder in (path, out, copied):
+        assert stat.S_IMODE(folder.stat().st_mode) == stat.S_IMODE((folder / "L=8").stat().st_mode) == 0o750
 
 
 def test_means_are_not_condensed_again(built: Path, out: Path) -> None:

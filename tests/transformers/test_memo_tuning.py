@@ -186,6 +186,9 @@ def test_tokens_without_a_label_do_not_count() -> None:
     [
         ("accuracy", PLAIN, {}, False, "metric='agreement'"),
         ("accuracy", PLAIN, {"labels": torch.rand(4)}, False, "expected labels"),
+        (None, PLAIN, {"labels": torch.rand(4)}, False, r"shape \[4\]; found torch.float32"),
+        (None, PLAIN, {"labels": [0, 1, 1, 0]}, False, "found list"),
+        (None, PLAIN, {"labels": torch.zeros(4, 1, dtype=torch.int64)}, False, r"found torch.int64 \[4, 1\]"),
         ("perplexity", PLAIN, {}, False, "causal language model"),
         (None, PLAIN[:, :1], {}, False, r"\[4, 1\]"),
         (None, None, {}, False, "NoneType"),
@@ -194,6 +197,18 @@ def test_tokens_without_a_label_do_not_count() -> None:
 def test_what_cannot_be_judged_is_refused(metric: Any, plain: Any, batch: Any, causal: bool, said: str) -> None:
     with pytest.raises(mt.InvalidBatchError, match=said):
         Judge(metric, causal=causal).remember(0, plain, batch)
+
+
+def test_labels_after_batches_without_are_refused() -> None:
+    judge = Judge(None, causal=False)
+    judge.remember(0, PLAIN, {})
+    with pytest.raises(mt.InvalidBatchError, match="in every batch or in none"):
+        judge.remember(1, PLAIN, {"labels": torch.zeros(4, dtype=torch.int64)})
+
+
+def test_agreement_that_was_asked_for_takes_any_labels() -> None:
+    change, _ = judged("agreement", PLAIN, NOW, {"labels": torch.rand(4)})
+    assert change.loss == 50.0
 
 
 def test_no_token_that_counts_is_said() -> None:
@@ -492,7 +507,7 @@ def test_each_bucket_has_a_choice_of_its_own(path: Path) -> None:
     assert not report.declined
     assert report.thresholds == {}
     assert report.to_markdown().count("do not memoize") == 1
-    assert mt.TuneReport.from_dict(json.loads(json.dumps(report.to_dict()))) == report
+    assert mt.TuneReport.from_dict(json.loads(json.dumps(report.to_dict())), Path()) == report
     with mt.memoize(model, path, level="tuned") as memo:
         for batch in (short[0], long[0]):
             logits(model, batch)
@@ -524,7 +539,7 @@ def test_a_bucket_that_cannot_be_tuned_is_left_alone(path: Path) -> None:
 def test_a_report_is_read_back_as_it_was(built: Path) -> None:
     report = mt.tune(tiny_model(), known(), built, budget=2.0)
     plain = json.loads(json.dumps(report.to_dict()))
-    assert mt.TuneReport.from_dict(plain) == report
+    assert mt.TuneReport.from_dict(plain, Path()) == report
     assert json.loads((built / "transformers" / "tuned.json").read_text()) == plain
     printed = report.to_markdown()
     assert "2 points of accuracy" in printed
