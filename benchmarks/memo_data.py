@@ -61,8 +61,8 @@ class Task:
 
 
 TASKS = {
-    "sst2-minilm": Task("minilm-sst2", "sst2", 64, 32, 5000, 256, 1024, 0, (1.0, 3.0, 6.0), (4, 1), oracle=True),
-    "sst2-debertav2": Task("debertav2-sst2", "sst2", 64, 32, 4000, 256, 1024, 0, (1.0, 3.0, 6.0), (4,)),
+    "sst2-minilm": Task("minilm-sst2", "sst2", 64, 32, 5000, 256, 1024, 0, (1.0, 2.0, 4.0, 7.0), (4, 1), oracle=True),
+    "sst2-debertav2": Task("debertav2-sst2", "sst2", 64, 32, 4000, 256, 1024, 0, (1.0, 2.0, 4.0, 7.0), (4,)),
     "stories-256": Task("stories260k-llama", "stories", 256, 16, 300, 48, 64, 100, (1.0, 5.0, 20.0), (8, 1)),
     "stories-512": Task("stories260k-llama", "stories", 512, 16, 300, 48, 64, 100, (1.0, 5.0, 20.0), (8, 1)),
     "reviews-512": Task("minilm-sst2", "movie_reviews", 512, 16, 200, 64, 192, 200, (1.0,), (4,), controls=False),

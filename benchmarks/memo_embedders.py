@@ -30,7 +30,8 @@ from memodb_transformers.capture import in_inference
 from memodb_transformers.embedding import make_keys
 from memodb_transformers.samples import Samples
 from memodb_transformers.sites import find_memoizable
-from memodb_transformers.training import LayerTraining, split_known, train_layer
+from memodb_transformers.train_report import LayerTraining
+from memodb_transformers.training import split_known, train_layer
 
 HIDDEN, LAYERS, KEY = 384, 2, 128
 #: Batches that take turns, so that none of them lies in the cache.

@@ -25,9 +25,10 @@ from benchmarks.machine import machine_facts
 from benchmarks.memo_data import TASKS, Batches, Task, load_batches, load_model
 from benchmarks.memo_models import two_threads
 from benchmarks.race import scratch
+from memodb_transformers.beside import write_tuned
 from memodb_transformers.card import ModelCard
 from memodb_transformers.sites import find_memoizable
-from memodb_transformers.store import open_store, write_tuned
+from memodb_transformers.store import open_store
 from memodb_transformers.tuning import tune_budgets
 
 #: Everything but the oracle, which compares with every record and is asked for once.

@@ -38,7 +38,7 @@ from .record import BuildReport, build
 from .separable import Separable
 from .similarity import best_records, memoization_rate, similarity_matrix, similarity_score
 from .thresholds import LEVELS
-from .training import LayerTraining, TrainingReport
+from .train_report import LayerTraining, TrainingReport
 from .transfer import copy
 from .tune_report import TuneReport
 from .tuning import tune

@@ -8,7 +8,7 @@ from typing import Any
 from .condense import CondenseReport
 from .performance import ProfileReport
 from .reports import markdown_table, readable_bytes
-from .training import TrainingReport
+from .train_report import TrainingReport
 from .tune_report import TuneReport
 from .work import Stage
 

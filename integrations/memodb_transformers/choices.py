@@ -6,10 +6,11 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from .beside import read_tuned
 from .errors import StoreMismatchError
 from .lookup import LOOKUPS
 from .performance import ProfileReport
-from .store import MemoStore, read_tuned
+from .store import MemoStore
 from .thresholds import LEVELS, TUNED
 from .tune_report import TuneReport
 

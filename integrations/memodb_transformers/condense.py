@@ -21,12 +21,13 @@ from tqdm import tqdm
 
 import memodb
 
+from .beside import Condensed, copy_beside, read_condensed
 from .clusters import Means, group_keys
 from .errors import StoreMismatchError
 from .lookup import namespace, parse_namespace
 from .options import check_count, check_store_dtype
 from .reports import hide_bar, markdown_table, readable_bytes
-from .store import Condensed, bucket_path, bucket_paths, copy_beside, making, read_condensed, stored_lengths
+from .store import bucket_path, bucket_paths, making, stored_lengths
 
 __all__ = ["CondenseReport", "condense"]
 

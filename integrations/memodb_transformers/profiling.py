@@ -16,6 +16,7 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from .beside import write_profile
 from .calibration import Calibration
 from .capture import attention_implementation, attention_visits, in_inference, whole_inputs
 from .card import ModelCard
@@ -27,7 +28,7 @@ from .performance import LayerProfile, ProfileReport
 from .recorder import batch_shape, spans_of
 from .reports import hide_bar
 from .sites import ModelSites, find_memoizable
-from .store import MemoStore, open_stores, smallest_fitting, write_profile
+from .store import MemoStore, open_stores, smallest_fitting
 from .timing import LayerTimer, cut_batch, reference_shape
 
 __all__ = ["profile", "profile_store"]

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 import memodb
 
+from .beside import MEMO_FILES
 from .build_report import BuildReport
 from .capture import in_inference
 from .card import ModelCard
@@ -23,7 +24,7 @@ from .options import check_build, check_count
 from .shares import Share, share_out
 from .sites import ModelSites, find_memoizable
 from .stages import StoreBuild, tunable, untrained
-from .store import MEMO_FILES, record_shape
+from .store import record_shape
 from .tuning import check_budget, fewest_tuned
 from .work import Work, fingerprint
 

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 import memodb
 
+from .beside import read_profile
 from .build_report import BuildReport
 from .card import ModelCard
 from .condense import CondenseReport, condense
@@ -27,8 +28,9 @@ from .reports import hide_bar
 from .samples import Samples, sample_bytes
 from .shares import Share
 from .sites import ModelSites
-from .store import open_store, read_profile, record_shape, write_store
-from .training import TRAINED, LayerTraining, TrainingReport, assemble, split_known, train_layer
+from .store import open_store, record_shape, write_store
+from .train_report import LayerTraining, TrainingReport
+from .training import TRAINED, assemble, split_known, train_layer
 from .tune_report import TuneReport
 from .tuning import check_judged, fewest_tuned, tune_store
 from .work import Work

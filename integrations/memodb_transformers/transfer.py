@@ -8,7 +8,8 @@ from typing import Any
 
 import memodb
 
-from .store import bucket_path, bucket_paths, copy_beside, making, stored_lengths
+from .beside import copy_beside
+from .store import bucket_path, bucket_paths, making, stored_lengths
 
 __all__ = ["copy"]
 

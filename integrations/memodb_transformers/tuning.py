@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedModel
 
+from .beside import write_tuned
 from .calibration import find_self_hits
 from .capture import in_inference, model_inputs, whole_inputs
 from .card import ModelCard
@@ -26,7 +27,7 @@ from .judge import Change, Judge, predicts_next
 from .performance import ProfileReport
 from .recorder import batch_shape, count_sequences, cut_rows, spans_of
 from .sites import ModelSites, find_memoizable
-from .store import MemoStore, open_stores, smallest_fitting, write_tuned
+from .store import MemoStore, open_stores, smallest_fitting
 from .tune_report import TuneReport, pooled
 from .ways import Numbered, Thresholds, WaysTried, confirm, find_boldest, order_ways
 
@@ -137,23 +138,10 @@ def tune_store(
     batches: Sequence[Mapping[str, Any]],
     *,
     budget: float,
-    metric: str | None = None,
-    lookup: str = "layer",
-    confidence: float = CONFIDENCE,
     progress: bool | None = None,
 ) -> TuneReport:
-    """Tune an open store and keep the choice beside it: see :func:`tune`."""
-    report = tune_budgets(
-        model,
-        sites,
-        store,
-        batches,
-        budgets=[budget],
-        metric=metric,
-        lookup=lookup,
-        confidence=confidence,
-        progress=progress,
-    )[0]
+    """Tune an open store as :func:`tune` does by default, and keep the choice beside it."""
+    report = tune_budgets(model, sites, store, batches, budgets=[budget], progress=progress)[0]
     write_tuned(store.path, report.to_dict())
     return report
 

@@ -18,7 +18,7 @@ from tiny_models import PADDED, join, logits, records_by_length, reference_logit
 
 import memodb  # noqa: E402
 import memodb_transformers as mt  # noqa: E402
-from memodb_transformers.store import read_condensed  # noqa: E402
+from memodb_transformers.beside import read_condensed  # noqa: E402
 
 LENGTHS = [5] * 7 + [9] * 4 + [16]
 NBYTES = 4 * PADDED * PADDED * 4

@@ -9,7 +9,7 @@ import pytest
 
 import memodb
 from memodb.safe import Guard
-from memodb_transformers.store import read_profile, write_profile
+from memodb_transformers.beside import read_profile, write_profile
 
 
 @pytest.mark.parametrize("harm", ["fifo", "link", "hard link", "writable by all", "folder is a link"])

@@ -14,10 +14,13 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from tiny_models import PADDED, logits, rows_of, snapshot, tiny_batch, tiny_model  # noqa: E402
+from transformers.modeling_outputs import CausalLMOutput, SequenceClassifierOutput  # noqa: E402
 
 import memodb  # noqa: E402
 import memodb_transformers as mt  # noqa: E402
-from memodb_transformers.judge import Judge  # noqa: E402
+from memodb_transformers.judge import Change, Judge  # noqa: E402
+from memodb_transformers.outcomes import compare_outputs, perplexity, ratio  # noqa: E402
+from memodb_transformers.ways import order_ways  # noqa: E402
 
 NONE = dict.fromkeys(("attention", "lookup", "hit", "split", "uncompiled"), 0.0)
 PAYS: dict[str, Any] = {
@@ -209,6 +212,75 @@ def test_labels_after_batches_without_are_refused() -> None:
 def test_agreement_that_was_asked_for_takes_any_labels() -> None:
     change, _ = judged("agreement", PLAIN, NOW, {"labels": torch.rand(4)})
     assert change.loss == 50.0
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_tuner_and_the_evaluation_count_alike(seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.randint(-1, 2, (40,), generator=generator)
+    plain, now = (torch.randn(40, 2, generator=generator) for _ in range(2))
+    before, after = (
+        compare_outputs(SequenceClassifierOutput(logits=scores), SequenceClassifierOutput(logits=plain), {}, labels)
+        for scores in (plain, now)
+    )
+    right = [ratio(sums.sum(axis=0), "right", "labelled") for sums in (before, after)]
+    assert judged("accuracy", plain, now, {"labels": labels})[0].loss == pytest.approx(100 * (right[0] - right[1]))
+    same = ratio(after.sum(axis=0), "same", "predicted")
+    assert judged("agreement", plain, now, {})[0].loss == pytest.approx(100 * (1 - same))
+    plain, now = (torch.randn(5, 7, 9, generator=generator) for _ in range(2))
+    inputs = {
+        "input_ids": torch.randint(0, 9, (5, 7), generator=generator),
+        "attention_mask": (torch.arange(7) < torch.tensor([[7], [3], [1], [5], [2]])).long(),
+    }
+    before, after = (
+        compare_outputs(CausalLMOutput(logits=scores), CausalLMOutput(logits=plain), inputs, next_tokens=True)
+        for scores in (plain, now)
+    )
+    grown = perplexity(after.sum(axis=0)) / perplexity(before.sum(axis=0))
+    assert judged("perplexity", plain, now, inputs, causal=True)[0].loss == pytest.approx(100 * (grown - 1), rel=1e-4)
+
+
+class Harms:
+    """Stands for a model: harm of layers that reuse together."""
+
+    def __init__(self, harms: dict[frozenset[int], float]) -> None:
+        self._harms = harms
+        self.tried: set[frozenset[int]] = set()
+
+    def run(self, thresholds: dict[int, float], batches: Any) -> tuple[Change, float]:
+        layers = frozenset(thresholds)
+        self.tried.add(layers)
+        return Change(0.0, 0.0, self._harms[layers], 1), 1.0
+
+
+def even_profile(layers: int) -> Any:
+    """Make a profile of layers that all save the same, and hit always."""
+    alike = ((1.0,) * 4, (0.9,) * 4)
+    return mt.ProfileReport(
+        layers=tuple(mt.LayerProfile(layer, 1.0, 0.1, 0.2, 0.0, *alike) for layer in range(layers)),
+        sequences=4,
+        batch_size=1,
+        threads=1,
+        attention="sdpa",
+    )
+
+
+def test_harm_is_measured_together_with_what_is_reused_already() -> None:
+    # Fed by layer 0, layer 1 is hardly harmed any more, although by itself it is harmed most of all.
+    single = {frozenset(): 0.0, frozenset({0}): 1.0, frozenset({1}): 1.9, frozenset({2}): 1.6}
+    both = {frozenset({0, 1}): 1.2, frozenset({0, 2}): 2.5, frozenset({1, 2}): 3.6, frozenset({0, 1, 2}): 2.9}
+    trial = Harms({**single, **both})
+    path = order_ways(trial, even_profile(3), [], "layer")  # type: ignore[arg-type]
+    assert [set(step) for step in path] == [set(), {0}, {0, 1}, {0, 1, 2}]
+
+
+def test_what_did_far_too_little_good_is_not_measured_again() -> None:
+    single = {frozenset({layer}): harm for layer, harm in enumerate((1.0, 1.2, 50.0))}
+    both = {frozenset({0, 1}): 2.2, frozenset({0, 1, 2}): 60.0}  # {0, 2} would be a KeyError
+    trial = Harms({**single, **both})
+    path = order_ways(trial, even_profile(3), [], "layer")  # type: ignore[arg-type]
+    assert [set(step) for step in path] == [set(), {0}, {0, 1}, {0, 1, 2}]
+    assert frozenset({0, 2}) not in trial.tried
 
 
 def test_no_token_that_counts_is_said() -> None:
