@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from functools import wraps
 from typing import ParamSpec, TypeVar
 
-from memodb.errors import DeviceError, MemoDBError, StoreAccessError, StoreFullError
+from memodb.errors import DeviceError, MemoDBError, StoreAccessError, StoreFullError, StoreNotFoundError
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -82,6 +82,8 @@ def names_limits(verb: Callable[P, T]) -> Callable[P, T]:
         Instead of an `OSError` of EMFILE or ENFILE.
     StoreFullError
         Instead of a `MemoryError`.
+    StoreNotFoundError
+        Instead of a `FileNotFoundError` where an open store is no longer at its path.
     """
 
     @wraps(verb)
@@ -89,7 +91,15 @@ def names_limits(verb: Callable[P, T]) -> Callable[P, T]:
         try:
             return verb(*arguments, **options)
         except OSError as error:
-            if isinstance(error, MemoDBError) or not no_descriptor(error):
+            if isinstance(error, MemoDBError):
+                raise
+            place = getattr(arguments[0], "_path", None) if arguments else None
+            if isinstance(error, FileNotFoundError) and place is not None and not os.path.exists(place):
+                raise StoreNotFoundError(
+                    f"the store at {os.fspath(place)} was moved or removed while it was open ({error}): close it, and "
+                    "open it where it is now"
+                ) from error
+            if not no_descriptor(error):
                 raise
             raise StoreAccessError(f"{error}; {NO_DESCRIPTOR}") from error
         except MemoryError as error:

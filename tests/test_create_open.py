@@ -53,6 +53,27 @@ def test_open_of_nothing(path):
     assert not path.exists()
 
 
+@pytest.mark.parametrize("backend", ["arena", "lmdb", "zarr"])
+def test_a_store_that_is_moved_while_it_is_open_is_said_to_be(path, backend):
+    values = random_records(2, (2, 1024), "float32")
+    with memodb.MemoDB.create(path, shape=(2, 1024), dtype="float32", key_dim=2, backend=backend) as db:
+        ids = db.put(values, np.zeros((2, 2), np.float32))
+    elsewhere = path.with_name("elsewhere")
+    with memodb.MemoDB.open(path) as db:
+        path.rename(elsewhere)
+        for verb in (
+            lambda: db.multiget(ids),
+            lambda: db.multiget_mapped(ids),
+            lambda: db.search(np.zeros((1, 2), np.float32), 1),
+            db.ids,
+            db.stats,
+        ):
+            with pytest.raises(memodb.StoreNotFoundError, match=r"store at .* was moved or removed"):
+                verb()
+    with memodb.MemoDB.open(elsewhere) as db:
+        assert_same_bytes(db.multiget(ids), values)
+
+
 def test_open_of_something_else(path):
     path.mkdir()
     (path / "notes.txt").write_text("not a store")
