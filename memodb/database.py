@@ -666,10 +666,12 @@ class MemoDB(Handle):
         self._check_open()
         return self._catalog.names_of(self._catalog.committed(arguments.as_ids(ids))["namespace"])
 
+    @names_limits
     def __len__(self) -> int:
         self._check_open()
         return self._catalog.counters()[1]
 
+    @names_limits
     def __contains__(self, id: object) -> bool:
         self._check_open()
         if isinstance(id, (bool, np.bool_)) or not isinstance(id, (int, np.integer)) or not 0 <= id < 1 << 63:

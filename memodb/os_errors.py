@@ -91,15 +91,15 @@ def names_limits(verb: Callable[P, T]) -> Callable[P, T]:
         try:
             return verb(*arguments, **options)
         except OSError as error:
-            if isinstance(error, MemoDBError):
-                raise
             place = getattr(arguments[0], "_path", None) if arguments else None
-            if isinstance(error, FileNotFoundError) and place is not None and not os.path.exists(place):
+            # Rooms below have made of it what it would mean of a store that is where it was: damage, or no access.
+            missing = any(isinstance(part, FileNotFoundError) for part in (error, error.__cause__))
+            if missing and place is not None and not os.path.exists(place):
                 raise StoreNotFoundError(
                     f"the store at {os.fspath(place)} was moved or removed while it was open ({error}): close it, and "
                     "open it where it is now"
                 ) from error
-            if not no_descriptor(error):
+            if isinstance(error, MemoDBError) or not no_descriptor(error):
                 raise
             raise StoreAccessError(f"{error}; {NO_DESCRIPTOR}") from error
         except MemoryError as error:

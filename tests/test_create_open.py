@@ -53,6 +53,23 @@ def test_open_of_nothing(path):
     assert not path.exists()
 
 
+@pytest.mark.parametrize("backend", ["arena", "files", "lmdb", "zarr"])
+def test_a_moved_store_is_neither_damaged_nor_without_access(path, backend):
+    values = random_records(3, (2, 1024), "float32")
+    with memodb.MemoDB.create(path, shape=(2, 1024), dtype="float32", backend=backend) as db:
+        ids = db.put(values)
+        path.rename(path.with_name("elsewhere"))
+        with pytest.raises(memodb.StoreNotFoundError, match="moved or removed"):
+            db.put(values)
+    path.with_name("elsewhere").rename(path)
+    with memodb.MemoDB.open(path) as db:
+        assert_same_bytes(db.multiget(ids[:1]), values[:1])  # what the catalog says of its neighbours is known by now
+        path.rename(path.with_name("elsewhere"))
+        with pytest.raises(memodb.StoreNotFoundError, match="moved or removed"):
+            db.multiget(ids[1:])
+            len(db)  # where the records were mapped already, the catalog is missed
+
+
 @pytest.mark.parametrize("backend", ["arena", "lmdb", "zarr"])
 def test_a_store_that_is_moved_while_it_is_open_is_said_to_be(path, backend):
     values = random_records(2, (2, 1024), "float32")
@@ -67,6 +84,8 @@ def test_a_store_that_is_moved_while_it_is_open_is_said_to_be(path, backend):
             lambda: db.search(np.zeros((1, 2), np.float32), 1),
             db.ids,
             db.stats,
+            db.__len__,
+            lambda: int(ids[0]) in db,
         ):
             with pytest.raises(memodb.StoreNotFoundError, match=r"store at .* was moved or removed"):
                 verb()

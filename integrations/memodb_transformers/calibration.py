@@ -144,4 +144,8 @@ class _Pairs:
 
 def _similarities(own: Tensor, spans: Spans, ids: Ints, store: MemoStore) -> NDArray[np.float32]:
     """Compare what a layer computed with the records of these ids: ``[n]``, NaN where there is none."""
-    return reuse_similarities(own, spans, store, Found(ids, np.zeros(len(ids), np.float32), spans.lengths, len(ids)))
+    scores = np.full(len(ids), np.nan, dtype=np.float32)
+    found = Found(ids, np.zeros(len(ids), np.float32), spans.lengths, len(ids))
+    rows, known = reuse_similarities(own, spans, store, found)
+    scores[rows] = known
+    return scores

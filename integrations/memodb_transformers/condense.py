@@ -110,8 +110,8 @@ def condense(
 
     The keys of each layer and length are clustered; of each cluster the mean record is kept, under the mean key, with
     its size and spread. Records are streamed: neither store needs to fit into memory. The new store has no profile yet,
-    as distances to means are others: :func:`memodb_transformers.profile` makes it. What a killed call leaves is refused
-    as no memo store; it has to be removed before the next.
+    as distances to means are others: :func:`memodb_transformers.profile` makes it. What a killed call leaves has to be
+    removed: a store is refused as none until it is whole, but of length buckets those that are done can be opened.
 
     Parameters
     ----------

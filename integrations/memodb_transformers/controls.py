@@ -92,8 +92,7 @@ class Fidelity:
         store, found = self._reuse(attention, call, spans, store, found)
         if (found.ids >= 0).any():
             own = computed_records(attention, call, spans, store)
-            scores = reuse_similarities(own, spans, store, found)
-            self.scores.append(scores[~np.isnan(scores)])
+            self.scores.append(reuse_similarities(own, spans, store, found)[1])
         return store, found
 
 

@@ -47,7 +47,7 @@ def computed_records(attention: MemoAttention, call: Mapping[str, Any], spans: S
     return canonical(visit, spans, store.padded_length, store.target).cpu()
 
 
-def reuse_similarities(own: Tensor, spans: Spans, store: MemoStore, found: Found) -> NDArray[np.float32]:
+def reuse_similarities(own: Tensor, spans: Spans, store: MemoStore, found: Found) -> tuple[Ints, NDArray[np.float32]]:
     """Compare what is reused with what would have been computed: Eq. 1, or the measure of contexts.
 
     Parameters
@@ -59,14 +59,14 @@ def reuse_similarities(own: Tensor, spans: Spans, store: MemoStore, found: Found
 
     Returns
     -------
-    ndarray
-        float32 ``[n]``; NaN where nothing is reused.
+    rows, scores
+        The sequences that reuse something, int64 ``[hits]``, and float32 ``[hits]``.
     """
     records, ids = gather(store.db, found)
     rows = np.flatnonzero(ids >= 0)
-    scores = np.full(len(ids), np.nan, dtype=np.float32)
+    scores = np.zeros(len(rows), dtype=np.float32)
     if records is None:
-        return scores
+        return rows, scores
     step = max(1, _BLOCK // (4 * records[0].numel()))
     for start in range(0, len(rows), step):
         some = rows[start : start + step]
@@ -76,8 +76,8 @@ def reuse_similarities(own: Tensor, spans: Spans, store: MemoStore, found: Found
             score = context_similarities(mine, stored, lengths)
         else:
             score = similarity_scores(mine, cut_records(stored, spans.lengths[some], found.lengths[some]), lengths)
-        scores[some] = score.numpy()
-    return scores
+        scores[start : start + step] = score.numpy()
+    return rows, scores
 
 
 def cut_records(records: Tensor, lengths: Ints, recorded: Ints) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from .errors import InvalidBatchError
+from .outcomes import usable_labels
+from .recorder import batch_shape
 from .sites import ModelSites
 
 __all__ = ["METRICS", "Change", "Judge", "predicts_next"]
@@ -71,27 +73,48 @@ class Judge:
         if metric is not None and metric not in METRICS:
             raise ValueError(f"expected metric to be one of {', '.join(METRICS)}; found {metric!r}")
         self.metric = metric
-        self._asked = metric is not None
         self._causal = causal
+        self._settled = False
         self._plain: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
 
-    def remember(self, number: int, logits: Any, batch: Mapping[str, Any]) -> None:
-        """Keep what the plain model says of a batch."""
-        scores, _, labels, following = self._read(logits, batch)
-        if self.metric is None:
-            self.metric = "perplexity" if following else "agreement" if labels is None else "accuracy"
-        if self.metric == "agreement" and labels is not None and not self._asked:
-            raise InvalidBatchError(
-                "expected labels in every batch or in none; found some after batches without: give them all, or "
-                "metric='agreement'"
-            )
-        if self.metric == "accuracy" and labels is None:
-            raise InvalidBatchError(
-                "expected labels in every batch for a budget on accuracy, not negative where they count; found none: "
-                "give labels, or metric='agreement'"
-            )
+    def settle(self, logits: Any, batches: Sequence[Mapping[str, Any]]) -> None:
+        """Choose the metric, from what a model says of the first batch and from the labels of all.
+
+        Parameters
+        ----------
+        logits
+            Of the first batch.
+        batches
+            All that will be judged.
+
+        Raises
+        ------
+        InvalidBatchError
+            The outputs, or the labels of some batch, cannot be judged.
+        """
+        scores = _scores(logits)
+        following = self._causal and scores.dim() == 3
         if self.metric == "perplexity" and not following:
             raise InvalidBatchError("expected a causal language model for a budget on perplexity; found another model")
+        if self.metric is None and following:
+            self.metric = "perplexity"
+        if self.metric in (None, "accuracy"):
+            given = [_labels_of(batch, scores) for batch in batches if batch.get("labels") is not None]
+            if self.metric is None:
+                self.metric = "accuracy" if any(bool((labels >= 0).any()) for labels in given) else "agreement"
+            if self.metric == "accuracy" and len(given) < len(batches):
+                raise InvalidBatchError(
+                    f"expected labels in every batch for a budget on accuracy; found {len(batches) - len(given)} of "
+                    f"{len(batches)} batches without: give them all, or none for a budget on agreement "
+                    "(metric='agreement')"
+                )
+        self._settled = True
+
+    def remember(self, number: int, logits: Any, batch: Mapping[str, Any]) -> None:
+        """Keep what the plain model says of a batch; the first one settles the metric if nothing did."""
+        if not self._settled:
+            self.settle(logits, [batch])
+        scores, _, labels, following = self._read(logits, batch)
         said = scores.argmax(dim=-1)
         reference = self._next(batch, labels) if following else said
         self._plain[number] = (said, _log_probability(scores, reference), reference)
@@ -134,52 +157,64 @@ class Judge:
 
     def _read(self, logits: Any, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor, Tensor | None, bool]:
         """Return scores ``[n, tokens, classes]``, which tokens count, labels if any is one, and whether they follow."""
-        if not isinstance(logits, Tensor) or logits.dim() not in (2, 3) or logits.shape[-1] < 2:
-            raise InvalidBatchError(
-                "expected a model whose output has logits of classes or tokens, so that a change can be judged; found "
-                f"{list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__}"
-            )
-        scores = logits.detach().float().cpu()
+        scores = _scores(logits)
         following = self._causal and scores.dim() == 3
         whole = scores[:, None] if scores.dim() == 2 else scores
         valid = torch.ones(whole.shape[:2], dtype=torch.bool)
         mask = batch.get("attention_mask")
         if scores.dim() == 3 and mask is not None:
             valid = mask.cpu().ne(0)
-        labels = self._labels(batch, scores)
-        classes = scores.shape[-1]
-        if labels is not None and labels.numel() and int(labels.max()) >= classes:
-            raise InvalidBatchError(
-                f"expected labels below {classes}, as the model tells so many classes apart; found {int(labels.max())}"
-            )
-        # Negative labels are none: -100 is left out by custom, -1 stands in test sets that keep theirs.
-        if labels is not None and not bool((labels >= 0).any()) and self.metric != "accuracy":
-            labels = None
+        labels = None
+        if self.metric == "accuracy":
+            labels = _labels_of(batch, scores)
+        elif self.metric == "perplexity":
+            labels = usable_labels(batch.get("labels"), scores.shape[:-1])  # otherwise the input is followed
+        if labels is not None:
+            labels = labels.cpu()[:, None] if scores.dim() == 2 else labels.cpu()
+            classes = scores.shape[-1]
+            if labels.numel() and int(labels.max()) >= classes:
+                raise InvalidBatchError(
+                    f"expected labels below {classes}, as the model tells so many classes apart; found "
+                    f"{int(labels.max())}"
+                )
         if following:
+            # Negative labels are none: -100 is left out by custom.
+            if labels is not None and self.metric == "perplexity" and not bool((labels >= 0).any()):
+                labels = None
             return whole[:, :-1], valid[:, :-1] & valid[:, 1:], None if labels is None else labels[:, 1:], True
         return whole, valid, labels, False
-
-    def _labels(self, batch: Mapping[str, Any], scores: Tensor) -> Tensor | None:
-        """Take the labels ``[n, tokens]``, which have to be classes; for agreement it does not matter what they are."""
-        labels = batch.get("labels")
-        if labels is None or (self.metric == "agreement" and self._asked):
-            return None
-        wanted = list(scores.shape[:-1])
-        whole = isinstance(labels, Tensor) and not labels.is_floating_point() and labels.dtype != torch.bool
-        if not whole or list(labels.shape) != wanted:
-            found = f"{labels.dtype} {list(labels.shape)}" if isinstance(labels, Tensor) else type(labels).__name__
-            raise InvalidBatchError(
-                f"expected labels to be a tensor of class numbers of shape {wanted}; found {found}: give such labels, "
-                "or metric='agreement' to compare with the plain model's predictions"
-            )
-        own: Tensor = labels.detach().cpu().long()
-        return own[:, None] if scores.dim() == 2 else own
 
     @staticmethod
     def _next(batch: Mapping[str, Any], labels: Tensor | None) -> Tensor:
         """Tell the tokens that follow: as evaluation does, those of the labels where they are given."""
         ids: Tensor = batch["input_ids"].cpu()[:, 1:]
         return ids if labels is None else torch.where(labels >= 0, labels, ids)
+
+
+def _scores(logits: Any) -> Tensor:
+    """Take logits ``[n, classes]`` or ``[n, tokens, classes]``."""
+    if not isinstance(logits, Tensor) or logits.dim() not in (2, 3) or logits.shape[-1] < 2:
+        raise InvalidBatchError(
+            "expected a model whose output has logits of classes or tokens, so that a change can be judged; found "
+            f"{list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__}"
+        )
+    return logits.detach().float().cpu()
+
+
+def _labels_of(batch: Mapping[str, Any], scores: Tensor) -> Tensor:
+    """Take the labels of a batch of a model with such scores; what is no class number is refused."""
+    told = any(batch.get(name) is not None for name in ("input_ids", "inputs_embeds"))
+    rows, padded = batch_shape(batch) if told else scores.shape[:2]
+    wanted = [rows] if scores.dim() == 2 else [rows, padded]
+    labels = batch.get("labels")
+    found = usable_labels(labels, wanted)
+    if found is None:
+        kind = f"{labels.dtype} {list(labels.shape)}" if isinstance(labels, Tensor) else type(labels).__name__
+        raise InvalidBatchError(
+            f"expected labels to be a tensor of class numbers of shape {wanted}; found {kind}: give such labels, or "
+            "leave them out, and the budget is one of agreement with the plain model's predictions"
+        )
+    return found
 
 
 def _log_probability(scores: Tensor, chosen: Tensor) -> Tensor:

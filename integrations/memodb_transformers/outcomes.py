@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-__all__ = ["SUMS", "compare_outputs", "interval", "perplexity", "ratio", "resample"]
+__all__ = ["SUMS", "compare_outputs", "interval", "perplexity", "ratio", "resample", "usable_labels"]
 
 Doubles = NDArray[np.float64]
 
@@ -149,7 +149,12 @@ def _shown(output: Any) -> Tensor:
     return found
 
 
-def _usable(labels: Any, shown: Tensor) -> Tensor | None:
-    """Take labels that are classes, one for each prediction."""
+def usable_labels(labels: Any, shape: Sequence[int]) -> Tensor | None:
+    """Take labels that are numbers of classes, one for each prediction; None: they are something else."""
     whole = isinstance(labels, Tensor) and not labels.is_floating_point() and labels.dtype != torch.bool
-    return labels.to(shown.device).long() if whole and labels.shape == shown.shape[:-1] else None
+    return labels.detach().long() if whole and list(labels.shape) == list(shape) else None
+
+
+def _usable(labels: Any, shown: Tensor) -> Tensor | None:
+    found = usable_labels(labels, shown.shape[:-1])
+    return None if found is None else found.to(shown.device)

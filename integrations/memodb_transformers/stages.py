@@ -139,7 +139,7 @@ class StoreBuild:
                 shutil.rmtree(trial, ignore_errors=True)
         tuned = self._work.noted(f"L={self._length}/tune") is not None
         if self._settings["budget"] is not None and self._share.tuned and not tuned:
-            check_judged(self._model, self._sites, self._share.tuned[0])
+            check_judged(self._model, self._sites, self._share.tuned)
 
     def _stage(self, name: str, do: Callable[[], Any]) -> Any:
         return self._work.run(name, self._length, do)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import cycle
 from time import perf_counter
 from typing import Any
 
@@ -95,7 +96,7 @@ class LayerTimer:
             # Other records each time: those of the last one lie in the caches, where those of a new batch do not.
             drawn = [np.where(hits, next(draws), -1) for _ in range(_REPEATS)]
             distances = np.zeros(len(ids), dtype=np.float32)
-            chosen = iter([Found(some, distances, spans.lengths, len(ids)) for some in drawn])
+            chosen = cycle([Found(some, distances, spans.lengths, len(ids)) for some in drawn])
             return lambda: memo.attend(visit.args, visit.kwargs, visit.call, spans, store, next(chosen))
 
         def measure(part: str, call: Callable[[], Any]) -> None:
@@ -164,7 +165,7 @@ class LayerTimer:
             )
 
     def _pool(self, length: int) -> Ints:
-        """List the records of one valid length, once: it goes through the names of all."""
+        """List the records of one valid length, once: the catalog goes through all of its rows for that."""
         if length not in self._pools:
             self._pools[length] = self._store.db.ids(namespace(self._layer, length))
         return self._pools[length]

@@ -1,8 +1,8 @@
 """The autotuner: which layers to memoize and how boldly, so that most time is saved within what accuracy may cost.
 
-A similarity score does not guard accuracy: layers differ in how much a wrong record harms, and harms add up from layer
-to layer. So ways to reuse are tried on data, with labels or against the plain model's own predictions. It may well find
-that nothing should be reused.
+A similarity score does not guard accuracy: layers differ in how much a wrong record harms, and harms of several layers
+depend on each other. So ways to reuse are tried on data, with labels or against the plain model's own predictions. It
+may well find that nothing should be reused.
 """
 
 from __future__ import annotations
@@ -182,7 +182,7 @@ def tune_budgets(
         trial.remember([pair for half in halves for pair in half])
         if trial.judge.metric != "perplexity":
             _check_enough(min(budgets), confidence, sum(counts))
-        path = order_ways(trial, profile, halves[0], lookup)
+        path = order_ways(trial, profile, halves[0], lookup, max(budgets))
         reports = []
         for budget in budgets:
             wanted = find_boldest(trial, path, halves[0], budget, z)
@@ -249,14 +249,13 @@ def _check_enough(budget: float, confidence: float, found: int) -> None:
         )
 
 
-def check_judged(model: PreTrainedModel, sites: ModelSites, batch: Mapping[str, Any]) -> None:
-    """Refuse a model whose outputs cannot be judged, or data that say nothing of them, before anything is built."""
+def check_judged(model: PreTrainedModel, sites: ModelSites, batches: Sequence[Mapping[str, Any]]) -> None:
+    """Refuse a model whose outputs cannot be judged, or labels that say nothing of them, before anything is built."""
     judge = Judge(None, causal=predicts_next(model, sites))
     with in_inference(model):
-        output = model(**model_inputs(batch, model.device))
-    logits = getattr(output, "logits", None)
-    judge.remember(0, logits, batch)
-    judge.sum([judge.compare(0, logits, batch)])
+        logits = getattr(model(**model_inputs(batches[0], model.device)), "logits", None)
+    judge.settle(logits, batches)
+    judge.remember(0, logits, batches[0])
 
 
 def _without_self_hits(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -28,6 +29,8 @@ _ALONE = 256
 _LEAST_HARM = 1e-9
 # A way is not measured again when it would have to be so many times better than before to come first.
 _HOPE = 4.0
+# Standard errors that a loss lies above the budget beyond doubt.
+_DOUBT = 3.0
 # Further ways tried after the first that is over the budget.
 _MORE = 6
 
@@ -62,7 +65,10 @@ class WaysTried:
     def remember(self, batches: Numbered) -> None:
         """Run the plain model."""
         for number, batch in batches:
-            self.judge.remember(number, self._logits(batch), batch)
+            logits = self._logits(batch)
+            if number == batches[0][0]:
+                self.judge.settle(logits, [every for _, every in batches])
+            self.judge.remember(number, logits, batch)
 
     def run(self, thresholds: Thresholds, batches: Numbered) -> tuple[Change, float]:
         """Reuse with these thresholds: what it costs, and the memoization rate; the same is not tried twice."""
@@ -84,8 +90,10 @@ class WaysTried:
         return getattr(self._model(**model_inputs(batch, self._model.device)), "logits", None)
 
 
-def order_ways(trial: WaysTried, profile: ProfileReport, batches: Numbered, lookup: str) -> list[Thresholds]:
-    """Order ways to reuse from timid to bold."""
+def order_ways(
+    trial: WaysTried, profile: ProfileReport, batches: Numbered, lookup: str, budget: float = math.inf
+) -> list[Thresholds]:
+    """Order ways to reuse from timid to bold, up to the first that is over the budget beyond doubt."""
     few: Numbered = []
     for pair in batches:
         if count_sequences([batch for _, batch in few]) < _ALONE:
@@ -101,46 +109,55 @@ def order_ways(trial: WaysTried, profile: ProfileReport, batches: Numbered, look
             if saved > 0:
                 change, _ = trial.run({row.layer: threshold}, few)
                 options.setdefault(row.layer, []).append((threshold, saved, change.damage))
-    return _by_gain(trial, options, few)
+    return _by_gain(trial, options, few, budget)
 
 
 def _by_gain(
-    trial: WaysTried, options: Mapping[int, list[tuple[float, float, float]]], batches: Numbered
+    trial: WaysTried,
+    options: Mapping[int, list[tuple[float, float, float]]],
+    batches: Numbered,
+    budget: float,
 ) -> list[Thresholds]:
     """Go from timid to bold, at each step by what saves most for the harm that it adds to what is reused already.
 
     Harms of layers do not just add up: a layer that is fed by one that reuses may be harmed less by reuse of its own,
-    or more. So each layer's best next way is measured on top of the last step, but for those that did so little good
-    when they were last measured that they will hardly come first now.
+    or more. So whatever would come first is measured on top of the last step before it is taken, and so is the best
+    way of every layer that may have become better. It ends where the loss is over the budget beyond doubt.
     """
     path: list[Thresholds] = [{}]
     now = dict.fromkeys(options, -1)
     harm = 0.0
-    # What each way adds to the harm, as it was last measured.
+    # What each way adds to the harm of the last step, as far as that is known.
     adds = {(layer, place): damage for layer, ways in options.items() for place, (*_, damage) in enumerate(ways)}
+    fresh = set(adds)  # by itself, each was measured already
 
-    def ratio(layer: int, place: int) -> float:
-        return _gain(options[layer], now[layer], place) / max(adds[layer, place], _LEAST_HARM)
+    def ratio(way: tuple[int, int]) -> float:
+        return _gain(options[way[0]], now[way[0]], way[1]) / max(adds[way], _LEAST_HARM)
 
     while True:
-        bolder = {
-            layer: [place for place in range(now[layer] + 1, len(ways)) if _gain(ways, now[layer], place) > 0]
-            for layer, ways in options.items()
-        }
-        best = {layer: max(places, key=lambda p: ratio(layer, p)) for layer, places in bolder.items() if places}
-        if not best:
+        left = [way for way in adds if way[1] > now[way[0]] and _gain(options[way[0]], now[way[0]], way[1]) > 0]
+        if not left:
             return path
-        first = 0.0
-        for layer in sorted(best, key=lambda layer: -ratio(layer, best[layer])) if len(path) > 1 else ():
-            place = best[layer]
-            if ratio(layer, place) * _HOPE >= first:
-                tried = trial.run({**path[-1], layer: options[layer][place][0]}, batches)[0]
-                adds[layer, place] = tried.damage - harm
-                first = max(first, ratio(layer, place))
-        layer = max(best, key=lambda layer: ratio(layer, best[layer]))
-        now[layer] = best[layer]
-        path.append({**path[-1], layer: options[layer][now[layer]][0]})
-        harm = trial.run(path[-1], batches)[0].damage
+        while True:
+            first = max(left, key=ratio)
+            known = {layer for layer, _ in fresh}
+            hopeful = [way for way in left if way[0] not in known and ratio(way) * _HOPE >= ratio(first)]
+            asked = first if first not in fresh else max(hopeful, key=ratio, default=None)
+            if asked is None:
+                break
+            bolder = {**path[-1], asked[0]: options[asked[0]][asked[1]][0]}
+            adds[asked] = trial.run(bolder, batches)[0].damage - harm
+            fresh.add(asked)
+        layer, place = first
+        taken = adds[first]
+        # Bolder ways of the same layer add what they add beyond this one.
+        adds.update({way: adds[way] - taken for way in adds if way[0] == layer and way[1] > place})
+        now[layer], fresh = place, set()
+        path.append({**path[-1], layer: options[layer][place][0]})
+        change = trial.run(path[-1], batches)[0]
+        harm = change.damage
+        if change.loss - _DOUBT * change.error > budget:
+            return path
 
 
 def _gain(ways: list[tuple[float, float, float]], now: int, place: int) -> float:

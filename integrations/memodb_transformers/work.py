@@ -157,7 +157,8 @@ class Work:
         chosen = self.folder / "stores"
         if not buckets:
             chosen = self.store(next(iter(lengths)))
-        set_permissions(chosen, permissions)
+        else:
+            set_permissions(chosen, permissions)  # as the stores in it
         try:
             os.rename(chosen, self.path)
         except OSError as error:

@@ -202,11 +202,41 @@ def test_what_cannot_be_judged_is_refused(metric: Any, plain: Any, batch: Any, c
         Judge(metric, causal=causal).remember(0, plain, batch)
 
 
-def test_labels_after_batches_without_are_refused() -> None:
+@pytest.mark.parametrize("turned", [False, True])
+def test_labels_in_some_batches_alone_are_refused(turned: bool) -> None:
+    batches: list[dict[str, Any]] = [{}, {"labels": torch.zeros(4, dtype=torch.int64)}]
+    with pytest.raises(mt.InvalidBatchError, match=r"labels in every batch.*found 1 of 2 batches without"):
+        Judge(None, causal=False).settle(PLAIN, batches[::-1] if turned else batches)
+
+
+def test_unusable_labels_in_a_later_batch_are_refused_at_once() -> None:
+    ids = torch.zeros(4, 3, dtype=torch.int64)
+    batches = [{"input_ids": ids, "labels": torch.zeros(4).long()}, {"input_ids": ids, "labels": torch.rand(4, 2)}]
+    with pytest.raises(mt.InvalidBatchError, match=r"shape \[4\]; found torch.float32 \[4, 2\]"):
+        Judge(None, causal=False).settle(PLAIN, batches)
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_batches_whose_labels_are_all_none_count_for_nothing(turned: bool) -> None:
+    batches = [{"labels": torch.full((4,), -1)}, {"labels": torch.tensor([0, 1, 1, 1])}]
+    batches = batches[::-1] if turned else batches
     judge = Judge(None, causal=False)
-    judge.remember(0, PLAIN, {})
-    with pytest.raises(mt.InvalidBatchError, match="in every batch or in none"):
-        judge.remember(1, PLAIN, {"labels": torch.zeros(4, dtype=torch.int64)})
+    judge.settle(PLAIN, batches)
+    parts = []
+    for number, batch in enumerate(batches):
+        judge.remember(number, PLAIN, batch)
+        parts.append(judge.compare(number, NOW, batch))
+    assert (judge.metric, judge.sum(parts).loss) == ("accuracy", 0.0)
+
+
+@pytest.mark.parametrize("metric", [None, "perplexity"])
+def test_labels_that_are_no_next_tokens_leave_the_input_to_be_followed(metric: str | None) -> None:
+    scores = torch.randn(3, 6, 9, generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(0, 9, (3, 6), generator=torch.Generator().manual_seed(1))
+    change, judge = judged(
+        metric, scores, scores + 1, {"input_ids": ids, "labels": torch.tensor([0, 1, 1])}, causal=True
+    )
+    assert (judge.metric, change.sequences) == ("perplexity", 3)
 
 
 def test_agreement_that_was_asked_for_takes_any_labels() -> None:
@@ -253,11 +283,12 @@ class Harms:
         return Change(0.0, 0.0, self._harms[layers], 1), 1.0
 
 
-def even_profile(layers: int) -> Any:
-    """Make a profile of layers that all save the same, and hit always."""
-    alike = ((1.0,) * 4, (0.9,) * 4)
+def even_profile(layers: int, similar: int = 1) -> Any:
+    """Make a profile of layers that save alike, at each of so many thresholds as much more."""
+    distances = tuple(float(step) for step in range(1, similar + 1) for _ in range(4 // similar))
+    alike = (distances, (0.9,) * 4)
     return mt.ProfileReport(
-        layers=tuple(mt.LayerProfile(layer, 1.0, 0.1, 0.2, 0.0, *alike) for layer in range(layers)),
+        layers=tuple(mt.LayerProfile(layer, 1.0, 0.0, 0.2, 0.0, *alike) for layer in range(layers)),
         sequences=4,
         batch_size=1,
         threads=1,
@@ -272,6 +303,40 @@ def test_harm_is_measured_together_with_what_is_reused_already() -> None:
     trial = Harms({**single, **both})
     path = order_ways(trial, even_profile(3), [], "layer")  # type: ignore[arg-type]
     assert [set(step) for step in path] == [set(), {0}, {0, 1}, {0, 1, 2}]
+
+
+class Additive:
+    """Stands for a model whose layers harm independently: by layer and threshold."""
+
+    def __init__(self, harms: dict[tuple[int, float], float], loss: float = 0.0) -> None:
+        self._harms, self._loss = harms, loss
+
+    def run(self, thresholds: dict[int, float], batches: Any) -> tuple[Change, float]:
+        harm = sum(self._harms[way] for way in thresholds.items())
+        return Change(self._loss * harm, 0.0, harm, 1), 1.0
+
+
+def test_no_step_of_a_layer_is_passed_over_for_what_it_harmed_before() -> None:
+    # Each way saves 0.2 more than the one before; beside that, the second adds less harm than the third.
+    harms = {(0, 1.0): 1.0, (0, 2.0): 3.0, (0, 3.0): 6.0, (0, 4.0): 10.0}
+    path = order_ways(Additive(harms), even_profile(1, 4), [], "layer")  # type: ignore[arg-type]
+    assert path == [{}, {0: 1.0}, {0: 2.0}, {0: 3.0}, {0: 4.0}]
+
+
+def test_a_bolder_way_counts_by_what_it_adds() -> None:
+    # The second way of layer 0 adds 0.2 of harm to the first, layer 1 adds 1.7 for as much time.
+    harms = {(0, 1.0): 1.0, (0, 2.0): 1.2, (1, 1.0): 1.7, (1, 2.0): 9.0}
+    path = order_ways(Additive(harms), even_profile(2, 2), [], "layer")  # type: ignore[arg-type]
+    assert path[1] == {0: 2.0}  # most time for its harm
+    slow = {**harms, (0, 2.0): 2.2}
+    path = order_ways(Additive(slow), even_profile(2, 2), [], "layer")  # type: ignore[arg-type]
+    assert path[:4] == [{}, {0: 1.0}, {0: 2.0}, {0: 2.0, 1: 1.0}]
+
+
+def test_what_is_over_the_budget_beyond_doubt_is_the_last_that_is_tried() -> None:
+    harms = {(layer, 1.0): 1.0 + layer for layer in range(5)}
+    path = order_ways(Additive(harms, loss=1.0), even_profile(5), [], "layer", 2.5)  # type: ignore[arg-type]
+    assert [set(step) for step in path] == [set(), {0}, {0, 1}]
 
 
 def test_what_did_far_too_little_good_is_not_measured_again() -> None:
