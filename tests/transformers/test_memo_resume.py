@@ -134,7 +134,7 @@ def test_an_unfinished_build_of_other_settings_is_refused_by_name(
         mt.build(tiny_model(), data(), path, **{**SETTINGS, **changed})
     with pytest.raises(mt.UnfinishedBuildError, match="differs in: batches"):
         mt.build(tiny_model(), data()[:-1], path, **SETTINGS)
-    with pytest.raises(mt.UnfinishedBuildError, match="differs in: .*model"):
+    with pytest.raises(mt.UnfinishedBuildError, match="differs in: model"):
         mt.build(tiny_model(seed=1), data(), path, **SETTINGS)
     report = mt.build(tiny_model(), data(), path, **SETTINGS)
     assert (report.sequences, report.held_out) == (144, 36)
