@@ -150,7 +150,14 @@ def build(results: Results, table: Table) -> str | None:
             ]
         )
     header = ["stage", "seconds", "peak memory, GiB", "on disk, MiB", "killed", "seconds, when gone on with"]
-    same = "the same records under the same names" if rows[0]["same_store"] else "**another store**"
+    compared = rows[0]["compared"]
+    same = "**other records**"
+    if compared["same_names"]:
+        same = (
+            f"as many records under the same names, {compared['equal_records']:.1%} of them equal to the last bit and "
+            f"none farther than {compared['largest_difference']:.2g} (sums over two threads differ in their last "
+            "digits; the tests compare builds on one thread, which are equal)"
+        )
     return (
         f"`benchmarks/memo_build.py`. {whole['sequences']} SST-2 sentences recorded in minilm-sst2 (L = 64, separable "
         f"embedder, four means a layer and length, budget 3 points): {rows[0]['seconds']:.0f} s in all, "
