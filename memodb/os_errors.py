@@ -74,7 +74,7 @@ def no_descriptor(error: OSError) -> bool:
 
 
 def names_limits(verb: Callable[P, T]) -> Callable[P, T]:
-    """Let `verb` raise memodb's errors, with the remedy, where the process has no descriptor or memory left.
+    """Let `verb` raise memodb's errors, with the remedy, where descriptors, memory or the store itself are gone.
 
     Raises
     ------

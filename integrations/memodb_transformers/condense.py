@@ -27,7 +27,7 @@ from .errors import StoreMismatchError
 from .lookup import namespace, parse_namespace
 from .options import check_count, check_store_dtype
 from .reports import hide_bar, markdown_table, readable_bytes
-from .store import bucket_path, bucket_paths, making, stored_lengths
+from .store import bucket_path, bucket_paths, making, permissions_of, stored_lengths
 
 __all__ = ["CondenseReport", "condense"]
 
@@ -151,7 +151,7 @@ def condense(
     parts = bucket_paths(root)
     pairs = [(part, bucket_path(target, length)) for part, length in zip(parts, lengths, strict=False)]
     began = perf_counter()
-    with making(target, folder=bool(parts), permissions=options.get("permissions", 0o700)):
+    with making(target, folder=bool(parts), permissions=permissions_of(options)):
         reports = [
             _condense_one(source, out, most, max_bytes, by, store_dtype, backend, seed, progress, options)
             for source, out in pairs or [(root, target)]

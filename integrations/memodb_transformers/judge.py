@@ -169,14 +169,10 @@ class Judge:
             labels = _labels_of(batch, scores)
         elif self.metric == "perplexity":
             labels = usable_labels(batch.get("labels"), scores.shape[:-1])  # otherwise the input is followed
+            if labels is not None:
+                _check_classes(labels, scores)
         if labels is not None:
             labels = labels.cpu()[:, None] if scores.dim() == 2 else labels.cpu()
-            classes = scores.shape[-1]
-            if labels.numel() and int(labels.max()) >= classes:
-                raise InvalidBatchError(
-                    f"expected labels below {classes}, as the model tells so many classes apart; found "
-                    f"{int(labels.max())}"
-                )
         if following:
             # Negative labels are none: -100 is left out by custom.
             if labels is not None and self.metric == "perplexity" and not bool((labels >= 0).any()):
@@ -214,7 +210,17 @@ def _labels_of(batch: Mapping[str, Any], scores: Tensor) -> Tensor:
             f"expected labels to be a tensor of class numbers of shape {wanted}; found {kind}: give such labels, or "
             "leave them out, and the budget is one of agreement with the plain model's predictions"
         )
+    _check_classes(found, scores)
     return found
+
+
+def _check_classes(labels: Tensor, scores: Tensor) -> None:
+    """Refuse labels of classes that the model does not tell apart."""
+    classes = scores.shape[-1]
+    if labels.numel() and int(labels.max()) >= classes:
+        raise InvalidBatchError(
+            f"expected labels below {classes}, as the model tells so many classes apart; found {int(labels.max())}"
+        )
 
 
 def _log_probability(scores: Tensor, chosen: Tensor) -> Tensor:

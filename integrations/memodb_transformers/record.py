@@ -24,7 +24,7 @@ from .options import check_build, check_count
 from .shares import Share, share_out
 from .sites import ModelSites, find_memoizable
 from .stages import StoreBuild, tunable, untrained
-from .store import record_shape
+from .store import permissions_of, record_shape
 from .tuning import check_budget, fewest_tuned
 from .work import Work, fingerprint
 
@@ -206,7 +206,7 @@ def build(
         report = _total(root, made, skipped, perf_counter() - began, buckets=bool(lengths))
         for length, part in zip(shares, report.buckets or [report], strict=True):
             write_json(work.store(length) / MEMO_FILES / "build.json", part.to_dict())
-        work.finish(shares, buckets=bool(lengths), permissions=options.get("permissions", 0o700))
+        work.finish(shares, buckets=bool(lengths), permissions=permissions_of(options))
     return report
 
 

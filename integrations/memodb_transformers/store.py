@@ -18,7 +18,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,6 +43,7 @@ __all__ = [
     "making",
     "open_store",
     "open_stores",
+    "permissions_of",
     "record_shape",
     "smallest_fitting",
     "stored_lengths",
@@ -162,8 +163,14 @@ def write_store(
     write_json(folder / "memo.json", memo)
 
 
+def permissions_of(options: Mapping[str, Any]) -> int:
+    """Tell the permissions of a store that is made with these options; ``memodb.MemoDB.create`` checks them."""
+    permissions: int = options.get("permissions", 0o700)
+    return permissions
+
+
 @contextmanager
-def making(path: Path, *, folder: bool, permissions: int = 0o700) -> Iterator[None]:
+def making(path: Path, *, folder: bool, permissions: int) -> Iterator[None]:
     """Make a store, or a folder of stores, in a block; what is left by an error is removed, if it was made there.
 
     Raises

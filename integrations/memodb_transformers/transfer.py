@@ -9,7 +9,7 @@ from typing import Any
 import memodb
 
 from .beside import copy_beside
-from .store import bucket_path, bucket_paths, making, stored_lengths
+from .store import bucket_path, bucket_paths, making, permissions_of, stored_lengths
 
 __all__ = ["copy"]
 
@@ -39,7 +39,7 @@ def copy(
     lengths = stored_lengths(root)  # says so if it is no memo store
     settings = options if backend is None else {**options, "backend": backend}
     parts = bucket_paths(root)
-    with making(target, folder=bool(parts), permissions=options.get("permissions", 0o700)):
+    with making(target, folder=bool(parts), permissions=permissions_of(options)):
         for part, length in zip(parts, lengths, strict=False):
             _copy_one(part, bucket_path(target, length), settings)
         if not parts:

@@ -216,6 +216,12 @@ def test_unusable_labels_in_a_later_batch_are_refused_at_once() -> None:
         Judge(None, causal=False).settle(PLAIN, batches)
 
 
+def test_classes_that_there_are_not_are_refused_in_a_later_batch_too() -> None:
+    batches = [{"labels": torch.zeros(4).long()}, {"labels": torch.full((4,), 2)}]
+    with pytest.raises(mt.InvalidBatchError, match=r"labels below 2.*found 2"):
+        Judge(None, causal=False).settle(PLAIN, batches)
+
+
 @pytest.mark.parametrize("turned", [False, True])
 def test_batches_whose_labels_are_all_none_count_for_nothing(turned: bool) -> None:
     batches = [{"labels": torch.full((4,), -1)}, {"labels": torch.tensor([0, 1, 1, 1])}]
