@@ -12,7 +12,10 @@ from torch import Tensor
 from .errors import StoreMismatchError
 from .forward import present
 
-__all__ = ["Separable", "separable_keys", "token_width"]
+__all__ = ["Separable", "principal_tokens", "separable_keys", "token_width"]
+
+# Tokens that the principal directions are taken of.
+_TOKENS = 8192
 
 
 def token_width(hidden_size: int, key_dim: int) -> int:
@@ -38,6 +41,36 @@ def separable_keys(hidden: Tensor, lengths: Tensor, tokens: Tensor, mixing: Tens
     if bool((lengths < padded).any()):
         small = torch.where(present(lengths.to(hidden.device), padded)[:, :, None], small, 0.0)
     return small.reshape(n, -1) @ mixing[:padded].reshape(-1, mixing.shape[2]) + bias
+
+
+def principal_tokens(hidden: Tensor, lengths: Tensor, width: int) -> Tensor | None:
+    """Find the directions in which valid tokens differ most, each scaled to variance 1.
+
+    Training that begins with these finds better records than the paper's embedder; begun with random directions it
+    finds worse ones, and never makes up for it (benchmarks/results/embedders.json).
+
+    Parameters
+    ----------
+    hidden, lengths
+        States ``[n, L, H]``, and how many positions of each count.
+    width
+        How many directions.
+
+    Returns
+    -------
+    Tensor or None
+        float32 ``[H, width]``; None where the tokens differ in fewer.
+    """
+    valid = present(lengths, hidden.shape[1]).flatten().nonzero().flatten()
+    some = valid[torch.linspace(0, len(valid) - 1, min(_TOKENS, len(valid))).round().long()]
+    values = hidden.flatten(0, 1)[some].double()
+    values = values - values.mean(dim=0)
+    variances, directions = torch.linalg.eigh(values.T @ values / max(1, len(some)))  # ascending
+    variances, directions = variances[-width:].flip(0), directions[:, -width:].flip(1)
+    if len(variances) < width or not float(variances[-1]) > 1e-9 * float(variances[0]):
+        return None
+    found: Tensor = (directions / variances.sqrt()).float()
+    return found
 
 
 class Separable:

@@ -19,7 +19,7 @@ from torch import Tensor
 from .embedding import Embedder, LinearMLP, RandomProjection
 from .forward import Ints
 from .samples import LayerSample
-from .separable import Separable, separable_keys, token_width
+from .separable import Separable, principal_tokens, separable_keys, token_width
 from .train_report import LayerTraining
 
 __all__ = ["TRAINED", "assemble", "retrieval", "split_known", "train_layer"]
@@ -111,6 +111,7 @@ def _train(
     done = 0
     best = trainee.copy()
     if len(anchors):
+        trainee.begin_with(sample)
         trainee.rescale(sample)
         best = trainee.copy()
     if len(anchors) and stops:
@@ -196,6 +197,16 @@ class _Trainee:
             ]
         found: NDArray[np.float32] = torch.cat(parts).numpy()
         return found
+
+    def begin_with(self, sample: LayerSample) -> None:
+        """Let the first parameters be those that the sample suggests."""
+        if self._kind == "separable":
+            tokens = self.parameters[0]
+            # Of what is not trained on, no token counts.
+            found = principal_tokens(sample.hidden, torch.from_numpy(sample.lengths * sample.known), tokens.shape[1])
+            if found is not None:
+                with torch.no_grad():
+                    tokens.copy_(found)
 
     def rescale(self, sample: LayerSample) -> None:
         """Let distances be of the size that they should have, on average: the rest is easier to learn."""
