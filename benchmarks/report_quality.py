@@ -154,9 +154,10 @@ def build(results: Results, table: Table) -> str | None:
     same = "**other records**"
     if compared["same_names"]:
         same = (
-            f"as many records under the same names, {compared['equal_records']:.1%} of them equal to the last bit and "
-            f"none farther than {compared['largest_difference']:.2g} (sums over two threads differ in their last "
-            "digits; the tests compare builds on one thread, which are equal)"
+            f"as many records under the same names, {compared['equal_records']:.1%} of them equal to the last bit "
+            "(training on two threads adds up in another order each time, so keys differ a little, by "
+            f"{compared['largest_difference_of_keys']:.2g} at most, and some sequences fall into other clusters; the "
+            "tests compare builds on one thread: these are equal)"
         )
     return (
         f"`benchmarks/memo_build.py`. {whole['sequences']} SST-2 sentences recorded in minilm-sst2 (L = 64, separable "

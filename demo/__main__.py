@@ -20,6 +20,10 @@ __all__ = ["main"]
 
 _BEGAN = time.perf_counter()
 RAM_DISK = Path("/dev/shm")
+#: Means of a layer and length, at most.
+_MEANS = 8
+#: Sequences that the profile and the tuner are given, at most.
+_OTHERS = 1024
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -58,27 +62,38 @@ def _run(arguments: argparse.Namespace, folder: Path) -> Any:
 
     progress = arguments.progress
     title, model, tokenizer, train, held_out = _job(arguments)
-    length, size = arguments.padded_length, arguments.batch_size
-    recorded, held_out = train[: arguments.sequences], held_out[: 64 if arguments.quick else arguments.evaluated]
+    recorded, others = _split(train, arguments.sequences)
+    held_out = held_out[: 64 if arguments.quick else arguments.evaluated]
+
+    def batches(pairs: Sequence[tuple[str, int]]) -> list[dict[str, Any]]:
+        return to_batches(
+            tokenizer,
+            *zip(*pairs, strict=True),
+            padded_length=arguments.padded_length,
+            batch_size=arguments.batch_size,
+        )
+
     _say(f"Building the memo database of {len(recorded):,} sequences ...")
-    store = folder / "store"
+    store, means = folder / "store", folder / "means"
     built = mt.build(
         model,
-        to_batches(tokenizer, *zip(*recorded, strict=True), padded_length=length, batch_size=size),
+        batches(recorded),
         store,
         store_dtype=arguments.store_dtype,
         embedder="projection",  # the cheapest: sequences of so few tokens save little that an embedder could cost
         progress=progress,
     )
+    _say(f"Condensing it to means, and choosing layers on {len(others):,} other sequences ...")
+    condensed = mt.condense(store, means, records_per_namespace=_MEANS, progress=progress)
+    quarter = len(others) // 4
+    profile = mt.profile(model, batches(others[:quarter]), means, progress=progress)
+    tuned = mt.tune(model, batches(others[quarter:]), means, budget=arguments.budget, progress=progress)
     _say(f"Running {len(held_out):,} held-out sequences with and without memoization ...")
-    batches = to_batches(tokenizer, *zip(*held_out, strict=True), padded_length=length, batch_size=size)
     repeats = 1 if arguments.quick else arguments.repeats
-    settings = {"kinds": ("plain", "nearest"), "similarity": False, "repeats": repeats, "progress": progress}
-    all_layers = mt.evaluate(model, batches, store, layers="all", **settings)
-    profiled = mt.evaluate(model, batches, store, levels=["moderate"], **settings)
-    chosen = {
-        level: [row["layer"] for row in stats["layers"] if row["lookups"]] for level, stats in profiled.stats.items()
-    }
+    settings = {"similarity": False, "repeats": repeats, "progress": progress}
+    tried = batches(held_out)
+    single = mt.evaluate(model, tried, store, layers="all", kinds=("plain", "nearest"), **settings)
+    mean = mt.evaluate(model, tried, means, levels=["tuned"], kinds=("plain", "condensed"), **settings)
     _say("Comparing ways to gather records ...")
     with memodb.MemoDB.open(store) as db:
         ids = db.ids()[: 64 if arguments.quick else 512].tolist()
@@ -88,8 +103,17 @@ def _run(arguments: argparse.Namespace, folder: Path) -> Any:
         share = db.stats().get("huge_page_share")
     if not arguments.quick and shutil.disk_usage(folder).free > 4 << 30:
         gathers.append(reference_size(folder))
-    store_bytes = sum(file.stat().st_blocks * 512 for file in store.rglob("*") if file.is_file())
-    return Result(title, built, store_bytes, share, all_layers, profiled, chosen, gathers)
+    return Result(title, built, _taken(store), share, condensed, _taken(means), profile, tuned, single, mean, gathers)
+
+
+def _split(train: Sequence[Any], sequences: int) -> tuple[Sequence[Any], Sequence[Any]]:
+    """Part what is recorded from what layers are chosen with: the two must not meet."""
+    others = max(len(train) - sequences, len(train) // 3)
+    return train[:-others], train[-others:][:_OTHERS]
+
+
+def _taken(store: Path) -> int:
+    return sum(file.stat().st_blocks * 512 for file in store.rglob("*") if file.is_file())
 
 
 def _job(arguments: argparse.Namespace) -> tuple[str, Any, Any, list[tuple[str, int]], list[tuple[str, int]]]:
@@ -101,14 +125,14 @@ def _job(arguments: argparse.Namespace) -> tuple[str, Any, Any, list[tuple[str, 
 
     _say("Collecting docstrings of the installed packages ...")
     corpus = collect(40 if arguments.quick else 400, progress=arguments.progress)
-    _say(f"Training a small BERT on {len(corpus.train):,} docstrings of {', '.join(corpus.classes)} ...")
+    _say(f"Training a small DeBERTa-v2 on {len(corpus.train):,} docstrings of {', '.join(corpus.classes)} ...")
     small = {"hidden": 32, "layers": 2, "heads": 2, "vocabulary": 800, "epochs": 1}
     recipe = Recipe(padded_length=arguments.padded_length, **(small if arguments.quick else {}))
     texts, labels = zip(*corpus.train, strict=True)
     model, tokenizer = train(texts, labels, len(corpus.classes), recipe, progress=arguments.progress)
     title = (
-        f"which of {len(corpus.classes)} packages does a docstring come from; BERT of {recipe.layers} layers, hidden "
-        f"{recipe.hidden}, {recipe.padded_length} tokens"
+        f"which of {len(corpus.classes)} packages does a docstring come from; DeBERTa-v2 of {recipe.layers} layers, "
+        f"hidden {recipe.hidden}, {recipe.padded_length} tokens"
     )
     return title, model, tokenizer, corpus.train, corpus.held_out
 
@@ -120,7 +144,7 @@ def _given(arguments: argparse.Namespace) -> tuple[str, Any, Any, list[tuple[str
 
     from memodb_transformers.data import read_text
 
-    from .corpus import is_held_out
+    from .corpus import is_held_out, mixed
 
     def pairs(path: Path, limit: int | None) -> list[tuple[str, int]]:
         sentences, labels = read_text(path, limit)
@@ -131,14 +155,13 @@ def _given(arguments: argparse.Namespace) -> tuple[str, Any, Any, list[tuple[str
     logging.disable_progress_bar()
     model = AutoModelForSequenceClassification.from_pretrained(arguments.model, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
+    held_out = pairs(arguments.data if arguments.heldout is None else arguments.heldout, None)
+    train = pairs(arguments.data, None)
     if arguments.heldout is None:
-        both = pairs(arguments.data, None)
-        train = [pair for pair in both if not is_held_out(pair[0])]
-        held_out = [pair for pair in both if is_held_out(pair[0])]
-        train = [train[i * len(train) // arguments.sequences] for i in range(min(arguments.sequences, len(train)))]
-    else:
-        train = pairs(arguments.data, arguments.sequences)
-        held_out = pairs(arguments.heldout, None)
+        train = [pair for pair in train if not is_held_out(pair[0])]
+        held_out = [pair for pair in held_out if is_held_out(pair[0])]
+    # Files are often sorted, and the store shall hold a bit of everything.
+    train = mixed(train)[: arguments.sequences + _OTHERS]
     if not train or not held_out:
         raise ValueError(f"expected sentences on both sides of the split; found {len(train)} and {len(held_out)}")
     title = f"{Path(arguments.model).name} on {arguments.data.name}, {arguments.padded_length} tokens"
@@ -167,6 +190,8 @@ def _say(message: str) -> None:
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = _parser()
     arguments = parser.parse_args(argv)
+    if arguments.budget is None:
+        arguments.budget = 25.0 if arguments.quick else 2.0  # of a few dozen sequences nothing finer can be told
     if (arguments.model is None) != (arguments.data is None):
         parser.error("--model and --data go together")
     if arguments.heldout is not None and arguments.data is None:
@@ -186,7 +211,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--model", metavar="DIR_OR_HUB_NAME", help="a classifier, instead of training one")
     parser.add_argument("--data", type=Path, metavar="FILE.tsv", help="with --model: sentence<TAB>label, with header")
     parser.add_argument("--heldout", type=Path, metavar="FILE.tsv", help="held-out part (default: a fifth of --data)")
-    parser.add_argument("--sequences", type=int, default=2000, metavar="N", help="sequences to record (default 2000)")
+    parser.add_argument("--sequences", type=int, default=1500, metavar="N", help="sequences to record (default 1500)")
+    parser.add_argument("--budget", type=float, metavar="POINTS", help="accuracy to give (default 2; quick: 25)")
     parser.add_argument("--padded-length", type=int, default=64, metavar="L", help="tokens of a sequence (default 64)")
     parser.add_argument("--evaluated", type=int, default=400, metavar="N", help="held-out sequences (default 400)")
     parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="sequences a batch (default 32)")

@@ -1,4 +1,7 @@
-"""A small BERT classifier with its own word-piece vocabulary, trained from scratch in about a minute."""
+"""A small DeBERTa-v2 classifier with its own word-piece vocabulary, trained from scratch in about a minute.
+
+DeBERTa, because its disentangled attention is where reuse saves most: a third of the model's time and more.
+"""
 
 from __future__ import annotations
 
@@ -9,11 +12,22 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 from tqdm import tqdm
-from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
+from transformers import DebertaV2Config, DebertaV2ForSequenceClassification, PreTrainedTokenizerFast
 
 from memodb_transformers.data import to_batches
 
 __all__ = ["Recipe", "train"]
+
+
+#: Attention as the published DeBERTa-v3 models have it.
+_DISENTANGLED: dict[str, Any] = {
+    "relative_attention": True,
+    "position_buckets": 32,
+    "pos_att_type": ["c2p", "p2c"],
+    "position_biased_input": False,
+    "share_att_key": True,
+    "norm_rel_ebd": "layer_norm",
+}
 
 
 @dataclass(frozen=True)
@@ -22,7 +36,7 @@ class Recipe:
 
     padded_length: int = 64
     hidden: int = 256
-    layers: int = 3
+    layers: int = 4
     heads: int = 8
     vocabulary: int = 6000
     epochs: int = 3
@@ -32,20 +46,22 @@ class Recipe:
 
 def train(
     texts: Sequence[str], labels: Sequence[int], classes: int, recipe: Recipe, *, progress: bool | None = None
-) -> tuple[BertForSequenceClassification, Any]:
+) -> tuple[DebertaV2ForSequenceClassification, Any]:
     """Train a classifier; returns it, in evaluation mode, with its tokenizer."""
     torch.manual_seed(0)
     tokenizer = _tokenizer(texts, recipe.vocabulary)
-    config = BertConfig(
+    config = DebertaV2Config(
         vocab_size=len(tokenizer),
         hidden_size=recipe.hidden,
         num_hidden_layers=recipe.layers,
         num_attention_heads=recipe.heads,
         intermediate_size=2 * recipe.hidden,
         max_position_embeddings=recipe.padded_length,
+        type_vocab_size=0,
+        **_DISENTANGLED,
     )
     config.num_labels = classes
-    model = BertForSequenceClassification(config)
+    model = DebertaV2ForSequenceClassification(config)
     # Texts of about one length go together, so that little of a batch is padding.
     order = sorted(range(len(texts)), key=lambda number: len(texts[number]))
     batches = to_batches(

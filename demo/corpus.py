@@ -16,7 +16,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-__all__ = ["Corpus", "collect", "is_held_out"]
+__all__ = ["Corpus", "collect", "is_held_out", "mixed"]
 
 # All come with memodb's own dependencies (sympy and networkx with torch). What is missing is left out.
 _PACKAGES = ("transformers", "torch", "sympy", "networkx", "matplotlib", "numpy", "zarr", "huggingface_hub")
@@ -79,9 +79,12 @@ def collect(per_class: int, *, progress: bool | None = None) -> Corpus:
     for number, texts in enumerate(found.values()):
         for text in texts[:size]:
             (corpus.held_out if is_held_out(text) else corpus.train).append((text, number))
-    for part in (corpus.train, corpus.held_out):
-        part.sort(key=lambda pair: _hash(pair[0]))  # mixed, and the same on every run
-    return corpus
+    return Corpus(list(found), mixed(corpus.train), mixed(corpus.held_out))
+
+
+def mixed(pairs: list[tuple[str, int]]) -> list[tuple[str, int]]:
+    """Bring pairs of text and class into an order that mixes them, the same on every run."""
+    return sorted(pairs, key=lambda pair: _hash(pair[0]))
 
 
 def is_held_out(text: str) -> bool:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from .report import Result
+from .report import Result, compared
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -14,7 +14,7 @@ __all__ = ["draw"]
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart.
 _BLUE, _ORANGE, _GREEN, _PURPLE, _GREY = "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#999999"
-_LEVEL_COLOURS = {"conservative": _BLUE, "moderate": _ORANGE, "aggressive": _GREEN}
+_LEVEL_COLOURS = {"conservative": _BLUE, "moderate": _ORANGE, "aggressive": _GREEN, "tuned": _PURPLE}
 _PART_COLOURS = {"embed": _ORANGE, "search": _PURPLE, "fetch": _GREEN, "attention": _BLUE}
 
 
@@ -39,13 +39,13 @@ def draw(result: Result, path: Path) -> None:
 
 
 def _end_to_end(axis: Axes, result: Result) -> None:
-    bars: list[tuple[str, dict[str, Any], str]] = []
-    for name, evaluation in (("all layers", result.all_layers), ("profiled", result.profiled)):
-        for row in evaluation.rows:
-            label = f"{row['level']}\n{name}" if row["level"] else f"without\n({name} run)"
-            bars.append((label, row, _LEVEL_COLOURS.get(row["level"], _GREY)))
-    drawn = axis.bar([bar[0] for bar in bars], [bar[1]["seconds"] for bar in bars], color=[bar[2] for bar in bars])
-    for patch, (_, row, _) in zip(drawn, bars, strict=True):
+    rows = compared(result)
+    labels = [
+        name.replace("without memoization", "no reuse").replace(", ", ",\n").replace(" (", "\n(") for name, _, _ in rows
+    ]
+    colours = [_LEVEL_COLOURS.get(row["level"] or "", _GREY) for _, row, _ in rows]
+    drawn = axis.bar(labels, [row["seconds"] for _, row, _ in rows], color=colours)
+    for patch, (_, row, _) in zip(drawn, rows, strict=True):
         said = f"{row['seconds']:.2f} s"
         if row["accuracy"] is not None:
             said += f"\nacc. {100 * row['accuracy']:.1f} %"
@@ -54,32 +54,29 @@ def _end_to_end(axis: Axes, result: Result) -> None:
         )
     axis.margins(y=0.18)
     axis.tick_params(axis="x", labelsize=7)
-    axis.set_ylabel(f"time for {result.all_layers.sequences:,} sequences [s]")
+    axis.set_ylabel(f"time for {result.single.sequences:,} sequences [s]")
     axis.set_title("End to end, with accuracy")
 
 
 def _rates(axis: Axes, result: Result) -> None:
-    levels = list(result.all_layers.stats)
-    width = 0.8 / max(1, len(levels))
-    for number, level in enumerate(levels):
-        stats = result.all_layers.stats[level]
+    runs = [(level, stats, level) for level, stats in result.single.stats.items()]
+    runs += [("means, tuned", stats, level) for level, stats in result.mean.stats.items()]
+    width = 0.8 / max(1, len(runs))
+    for number, (label, stats, level) in enumerate(runs):
         rates = [100 * row["hits"] / max(1, stats["sequences"]) for row in stats["layers"]]
-        places = [layer + (number - (len(levels) - 1) / 2) * width for layer in range(len(rates))]
-        axis.bar(places, rates, width, label=level, color=_LEVEL_COLOURS.get(level, _GREY))
+        places = [layer + (number - (len(runs) - 1) / 2) * width for layer in range(len(rates))]
+        axis.bar(places, rates, width, label=label, color=_LEVEL_COLOURS.get(level, _GREY))
     axis.set_xticks(range(result.built.layers))
     axis.set_ylim(0, 118)  # room for the legend above full bars
     axis.set_yticks(range(0, 101, 20))
     axis.set_xlabel("layer")
     axis.set_ylabel("sequences with a hit [%]")
-    axis.set_title("Memoization rate by layer (all layers memoized)")
-    axis.legend(frameon=False, ncols=3, loc="upper left")
+    axis.set_title("Memoization rate by layer")
+    axis.legend(frameon=False, ncols=4, fontsize=8, loc="upper left")
 
 
 def _parts(axis: Axes, result: Result) -> None:
-    levels = list(result.all_layers.stats)
-    level = "moderate" if "moderate" in levels else levels[0]
-    stats = result.all_layers.stats[level]
-    profile = result.built.profile
+    name, stats, profile = result.runs()[-1]
     layers = range(len(stats["layers"]))
     if profile is not None:
         plain = [1e3 * row.attention_seconds * stats["sequences"] for row in profile.layers]
@@ -91,9 +88,9 @@ def _parts(axis: Axes, result: Result) -> None:
         bottom = [low + high for low, high in zip(bottom, taken, strict=True)]
     axis.set_xticks(list(layers))
     axis.margins(y=0.35)
-    axis.set_xlabel("layer")
+    axis.set_xlabel("layer (without a right bar: not memoized)")
     axis.set_ylabel("time of one pass [ms]")
-    axis.set_title(f"Time by layer, level {level}: original (left), memoized (right)")
+    axis.set_title(f"Time by layer, {name}: original (left), memoized (right)", fontsize=10)
     axis.legend(frameon=False, ncols=3, fontsize=8, loc="upper left")
 
 

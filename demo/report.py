@@ -22,15 +22,19 @@ class Result:
     title
         Model and data.
     built
-        Report of the build, with the profile.
+        Report of the build, with the profile of the single records.
     store_bytes
         Bytes that the store takes on its file system.
     huge_pages
         Share of the store on huge pages, or None where the store does not say.
-    all_layers, profiled
-        Evaluation with every layer memoized, and with those that the profiler chose.
-    chosen
-        Layers that the profiler chose, by level.
+    condensed, condensed_bytes
+        Report of the store of means, and the bytes that it takes.
+    profile, tuned
+        Profile of the store of means, and what the tuner chose for it.
+    single
+        Evaluation of the single records, every layer memoized, at several levels.
+    mean
+        Evaluation of the store of means, as tuned.
     gathers
         Gather comparisons.
     """
@@ -39,10 +43,23 @@ class Result:
     built: mt.BuildReport
     store_bytes: int
     huge_pages: float | None
-    all_layers: mt.EvaluationReport
-    profiled: mt.EvaluationReport
-    chosen: dict[str, list[int]]
+    condensed: mt.CondenseReport
+    condensed_bytes: int
+    profile: mt.ProfileReport
+    tuned: mt.TuneReport
+    single: mt.EvaluationReport
+    mean: mt.EvaluationReport
     gathers: list[GatherTimes]
+
+    def runs(self) -> list[tuple[str, dict[str, Any], mt.ProfileReport | None]]:
+        """Return each run with memoization by name, with its counts and the profile that foretold it."""
+        named = [(f"nearest record, {level}", stats, self.built.profile) for level, stats in self.single.stats.items()]
+        return [*named, *((self.tuned_name, stats, self.profile) for stats in self.mean.stats.values())]
+
+    @property
+    def tuned_name(self) -> str:
+        """Name of the run of the store of means."""
+        return f"means, tuned for {self.tuned.budget:g} points"
 
 
 def text_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
@@ -67,7 +84,7 @@ def write_table(result: Result) -> str:
             f"memodb demo: {result.title}",
             _store(result),
             _end_to_end(result),
-            *(_layers(result, level) for level in result.all_layers.stats),
+            *(_layers(*run) for run in result.runs()),
             *(_gather(times) for times in result.gathers),
             "\n".join(verdict(result)),
         ]
@@ -76,46 +93,56 @@ def write_table(result: Result) -> str:
 
 def verdict(result: Result) -> list[str]:
     """Say in words what the figures mean, for better or worse."""
-    plain = _plain(result.all_layers)
     said = []
-    for name, evaluation in (("every layer memoized", result.all_layers), ("the profiler's layers", result.profiled)):
-        for row in evaluation.rows:
-            if row["kind"] != "nearest" or (name != "every layer memoized" and not result.chosen[row["level"]]):
-                continue
-            change = 100 * (1 - 1 / row["speedup_vs_plain"])
-            time = (
-                f"{abs(change):.0f} % {'less' if change > 0 else 'more'} time" if abs(change) >= 1 else "the same time"
-            )
-            said.append(
-                f"- {row['level']}, {name}: {100 * row['memoization_rate']:.0f} % of attention replaced, {time}"
-                + (
-                    f", accuracy {100 * (row['accuracy'] - plain['accuracy']):+.1f} points"
-                    if row["accuracy"] is not None
-                    else ""
-                )
-                + "."
-            )
+    for name, row, plain in compared(result):
+        if row["kind"] == "plain" or (row["kind"] == "condensed" and result.tuned.declined):
+            continue
+        change = 100 * (1 - 1 / row["speedup_vs_plain"])
+        time = f"{abs(change):.0f} % {'less' if change > 0 else 'more'} time" if abs(change) >= 1 else "the same time"
+        accuracy = ""
+        if row["accuracy"] is not None:
+            accuracy = f", accuracy {100 * (row['accuracy'] - plain['accuracy']):+.1f} points"
+        said.append(f"- {name}: {100 * row['memoization_rate']:.0f} % of attention replaced, {time}{accuracy}.")
     said += _misjudged(result)
-    for level, layers in result.chosen.items():
-        many = "s" if len(layers) > 1 else ""
-        choice = f"would memoize layer{many} {', '.join(map(str, layers))}" if layers else "would memoize no layer"
-        said.append(f"- The profiler {choice} at level {level} on this machine (benefit of Eq. 3 above 0).")
+    tuned = result.tuned
+    if tuned.declined:
+        said.append(f"- The tuner advises against reuse here: nothing that saves time keeps {tuned.budget:g} points.")
+    else:
+        layers = ", ".join(map(str, sorted(tuned.thresholds)))
+        said.append(
+            f"- The tuner chose layers {layers}. On {tuned.sequences} sequences that had no part in the choice it lost "
+            f"{tuned.loss:.1f} points (95 %: {tuned.low:.1f} to {tuned.high:.1f})."
+        )
     return ["In words:", *said]
+
+
+def compared(result: Result) -> list[tuple[str, dict[str, Any], dict[str, Any]]]:
+    """Return the rows of both evaluations: name, row, and the plain row that was timed in turn with it."""
+    found = []
+    for evaluation, title in ((result.single, "records"), (result.mean, "means")):
+        plain = next(row for row in evaluation.rows if row["kind"] == "plain")
+        for row in evaluation.rows:
+            name = {
+                "plain": f"without memoization (beside the {title})",
+                "nearest": f"nearest record, {row['level']}",
+                "condensed": result.tuned_name,
+            }[row["kind"]]
+            found.append((name, row, plain))
+    return found
 
 
 def _misjudged(result: Result) -> list[str]:
     """Say where the profile promised clearly more hits than there were."""
-    profile = result.built.profile
-    if profile is None:
-        return []
     said = []
-    for level, stats in result.all_layers.stats.items():
+    for name, stats, profile in result.runs():
+        if profile is None or not stats["layers"]:
+            continue
         promised = sum(profile.layers[row["layer"]].alpha(row["threshold"]) for row in stats["layers"])
         promised /= len(stats["layers"])
         came = stats["memoization_rate"]
         if promised > 1.5 * came + 0.02:
             said.append(
-                f"- The profile promised {100 * promised:.0f} % at level {level}, {100 * came:.0f} % came: "
+                f"- The profile promised {100 * promised:.0f} % for {name}, {100 * came:.0f} % came: "
                 "the sequences it was made with resemble the recorded ones more than the held-out ones do, so "
                 "its choice of layers is too hopeful. Profile on data like that which will be served."
             )
@@ -132,47 +159,38 @@ def _store(result: Result) -> str:
         ("bytes on the file system", f"{result.store_bytes:,}"),
         ("on huge pages", "not reported" if result.huge_pages is None else f"{100 * result.huge_pages:.0f} %"),
         ("time to record", f"{built.seconds:.1f} s"),
+        ("condensed to means", f"{result.condensed.records:,}: {result.condensed_bytes:,} bytes on the file system"),
     ]
     width = max(len(name) for name, _ in rows)
     return "The store\n" + "\n".join(f"  {name.ljust(width)}   {value}" for name, value in rows)
 
 
-def _plain(evaluation: mt.EvaluationReport) -> dict[str, Any]:
-    return next(row for row in evaluation.rows if row["kind"] == "plain")
-
-
 def _end_to_end(result: Result) -> str:
-    rows = []
-    for name, evaluation in (("all layers", result.all_layers), ("profiled layers", result.profiled)):
-        for row in evaluation.rows:
-            label = f"{row['level']}, {name}" if row["level"] else f"without memoization ({name} run)"
-            rows.append(
-                (
-                    label,
-                    _percent(row["memoization_rate"]),
-                    _percent(row["accuracy"]),
-                    _percent(row["agreement"]),
-                    f"{row['seconds']:.3f} s",
-                    f"{row['speedup_vs_plain']:.2f} x",
-                )
-            )
-    count = result.all_layers.sequences
-    title = (
-        f"End to end: {count:,} held-out sequences, median of {result.all_layers.repeats} passes, all costs included\n"
-    )
+    rows = [
+        (
+            name,
+            _percent(row["memoization_rate"]),
+            _percent(row["accuracy"]),
+            _percent(row["agreement"]),
+            f"{row['seconds']:.3f} s",
+            f"{row['speedup_vs_plain']:.2f} x",
+        )
+        for name, row, _ in compared(result)
+    ]
+    count, repeats = result.single.sequences, result.single.repeats
+    title = f"End to end: {count:,} held-out sequences, median of {repeats} passes, all costs included\n"
     return title + text_table(("", "memoized", "accuracy", "agreement", "time", "speed-up"), rows)
 
 
-def _layers(result: Result, level: str) -> str:
-    profile = result.built.profile
+def _layers(name: str, stats: dict[str, Any], profile: mt.ProfileReport | None) -> str:
     rows = []
-    stats = result.all_layers.stats[level]
     for row in stats["layers"]:
         number = row["layer"]
         parts = [row[f"{part}_seconds"] for part in ("embed", "search", "fetch", "attention")]
         plain = profile.layers[number].attention_seconds * stats["sequences"] if profile else None
-        predicted = profile.layers[number].alpha(row["threshold"]) if profile else None
-        benefit = profile.layers[number].benefit(row["threshold"]) * stats["sequences"] if profile else None
+        told = profile if row["memoized"] else None
+        predicted = told.layers[number].alpha(row["threshold"]) if told else None
+        benefit = told.layers[number].benefit(row["threshold"]) * stats["sequences"] if told else None
         rows.append(
             (
                 number,
@@ -196,7 +214,7 @@ def _layers(result: Result, level: str) -> str:
         "original",
         "predicted gain",
     )
-    return f"By layer, all layers at level {level}: one pass over the held-out sequences\n" + text_table(header, rows)
+    return f"By layer, {name}: one pass over the held-out sequences\n" + text_table(header, rows)
 
 
 def _gather(times: GatherTimes) -> str:

@@ -17,7 +17,7 @@ from tiny_models import PADDED, logits, tiny_batch, tiny_model  # noqa: E402
 import memodb_transformers as mt  # noqa: E402
 from memodb_transformers.embedding import load_embedder  # noqa: E402
 from memodb_transformers.samples import LayerSample, Samples  # noqa: E402
-from memodb_transformers.separable import token_width  # noqa: E402
+from memodb_transformers.separable import principal_tokens, token_width  # noqa: E402
 from memodb_transformers.training import _tests, _Trainee, assemble, retrieval, split_known, train_layer  # noqa: E402
 
 KINDS = ("mlp", "separable")
@@ -324,6 +324,33 @@ def test_an_embedder_is_trained_on_what_it_will_see(path: Path) -> None:
             hidden[row, length:] = 5.0
     keys = used.embed(0, hidden, torch.from_numpy(data.lengths))
     np.testing.assert_allclose(keys, trainee.embed(data), atol=1e-4)
+
+
+def test_training_of_the_separable_one_begins_with_what_tells_tokens_apart() -> None:
+    random = torch.Generator().manual_seed(2)
+    spread = torch.tensor([0.1, 5.0, 0.1, 2.0, 0.1, 0.1])
+    hidden = 7.0 + torch.randn(200, 4, 6, generator=random) * spread
+    lengths = torch.tensor([4, 2] * 100)
+    hidden[1::2, 2:] = 1e4  # beyond the lengths: must not count
+    found = principal_tokens(hidden, lengths, 2)
+    assert found is not None
+    assert found[:, 0].abs().argmax() == 1
+    assert found[:, 1].abs().argmax() == 3
+    valid = torch.cat([hidden[::2].flatten(0, 1), hidden[1::2, :2].flatten(0, 1)])
+    projected = (valid - valid.mean(dim=0)) @ found
+    torch.testing.assert_close(projected.T @ projected / len(projected), torch.eye(2), atol=1e-3, rtol=0.0)
+
+
+def test_tokens_that_hardly_differ_have_no_directions() -> None:
+    one = torch.randn(1, 1, 6).expand(5, 4, 6)
+    assert principal_tokens(one, torch.full((5,), 4), 2) is None
+    assert principal_tokens(torch.randn(5, 4, 6), torch.zeros(5, dtype=torch.int64), 2) is None
+    assert principal_tokens(torch.randn(5, 4, 6), torch.full((5,), 4), 7) is None
+    # An embedder is trained all the same: it begins with random ones.
+    data = sample(60)
+    data.hidden[:] = 3.0
+    _, told = train_layer("separable", 0, data, key_dim=8, epochs=1)
+    assert told.found is not None
 
 
 def test_a_sample_that_does_not_fit_is_an_error_and_no_signal(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
