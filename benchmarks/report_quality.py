@@ -153,12 +153,15 @@ def build(results: Results, table: Table) -> str | None:
     compared = rows[0]["compared"]
     same = "**other records**"
     if compared["same_names"]:
-        same = (
-            f"as many records under the same names, {compared['equal_records']:.1%} of them equal to the last bit "
-            "(training on two threads adds up in another order each time, so keys differ a little, by "
-            f"{compared['largest_difference_of_keys']:.2g} at most, and some sequences fall into other clusters; the "
-            "tests compare builds on one thread: these are equal)"
-        )
+        equal = compared["equal_records"]
+        same = f"as many records under the same names, {equal:.1%} of them equal to the last bit"
+        if equal < 1:
+            same += (
+                f"; the others differ by {compared['largest_difference']:.2g} at most, keys by "
+                f"{compared['largest_difference_of_keys']:.2g} (training on two threads adds up in another order each "
+                "time, and a mean is another one where a sequence falls into another cluster; the tests compare "
+                "builds on one thread, which are equal)"
+            )
     return (
         f"`benchmarks/memo_build.py`. {whole['sequences']} SST-2 sentences recorded in minilm-sst2 (L = 64, separable "
         f"embedder, four means a layer and length, budget 3 points): {rows[0]['seconds']:.0f} s in all, "

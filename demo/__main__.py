@@ -1,6 +1,6 @@
 """Build a memo database from a real transformer on real text, and use it to skip computation.
 
-Without arguments: docstrings of the installed packages, a small BERT classifier trained here. No network is used.
+Without arguments: docstrings of the installed packages, a small DeBERTa-v2 trained here. No network is used.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ _MEANS = 8
 #: Sequences that the profile and the tuner are given, at most.
 _OTHERS = 1024
 
+Pairs = Sequence[tuple[str, int]]
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the demo; returns its exit status."""
@@ -43,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             (arguments.output / "demo.txt").write_text(table + "\n", encoding="utf-8")
             print("\n" + table)
             if arguments.keep:
-                print(f"\nStore kept: {folder / 'store'}")
+                print(f"\nStores kept: {folder / 'single'}, {folder / 'means'}")
     except (MemoDBError, ValueError, OSError, RuntimeError) as error:
         print(f"demo: {error}", file=sys.stderr)
         return 1
@@ -61,11 +63,10 @@ def _run(arguments: argparse.Namespace, folder: Path) -> Any:
     from .report import Result
 
     progress = arguments.progress
-    title, model, tokenizer, train, held_out = _job(arguments)
-    recorded, others = _split(train, arguments.sequences)
+    title, model, tokenizer, recorded, others, held_out = _job(arguments)
     held_out = held_out[: 64 if arguments.quick else arguments.evaluated]
 
-    def batches(pairs: Sequence[tuple[str, int]]) -> list[dict[str, Any]]:
+    def batches(pairs: Pairs) -> list[dict[str, Any]]:
         return to_batches(
             tokenizer,
             *zip(*pairs, strict=True),
@@ -74,28 +75,37 @@ def _run(arguments: argparse.Namespace, folder: Path) -> Any:
         )
 
     _say(f"Building the memo database of {len(recorded):,} sequences ...")
-    store, means = folder / "store", folder / "means"
+    single, means = folder / "single", folder / "means"
     built = mt.build(
         model,
         batches(recorded),
-        store,
+        single,
         store_dtype=arguments.store_dtype,
         embedder="projection",  # the cheapest: sequences of so few tokens save little that an embedder could cost
+        profile=False,
         progress=progress,
     )
-    _say(f"Condensing it to means, and choosing layers on {len(others):,} other sequences ...")
-    condensed = mt.condense(store, means, records_per_namespace=_MEANS, progress=progress)
+    condensed = mt.condense(single, means, records_per_namespace=_MEANS, progress=progress)
     quarter = len(others) // 4
-    profile = mt.profile(model, batches(others[:quarter]), means, progress=progress)
-    tuned = mt.tune(model, batches(others[quarter:]), means, budget=arguments.budget, progress=progress)
+    profiles, tuned = {}, {}
+    for name, path in (("single", single), ("means", means)):
+        _say(f"Choosing layers for {'single records' if path == single else 'means'} on {len(others):,} others ...")
+        profiles[name] = mt.profile(model, batches(others[:quarter]), path, progress=progress)
+        tuned[name] = mt.tune(model, batches(others[quarter:]), path, budget=arguments.budget, progress=progress)
     _say(f"Running {len(held_out):,} held-out sequences with and without memoization ...")
-    repeats = 1 if arguments.quick else arguments.repeats
-    settings = {"similarity": False, "repeats": repeats, "progress": progress}
-    tried = batches(held_out)
-    single = mt.evaluate(model, tried, store, layers="all", kinds=("plain", "nearest"), **settings)
-    mean = mt.evaluate(model, tried, means, levels=["tuned"], kinds=("plain", "condensed"), **settings)
+    found = mt.evaluate(
+        model,
+        batches(held_out),
+        single,
+        levels=["moderate", "aggressive", "tuned"],
+        kinds=("plain", "nearest", "condensed"),
+        condensed=means,
+        similarity=False,
+        repeats=1 if arguments.quick else arguments.repeats,
+        progress=progress,
+    )
     _say("Comparing ways to gather records ...")
-    with memodb.MemoDB.open(store) as db:
+    with memodb.MemoDB.open(single) as db:
         ids = db.ids()[: 64 if arguments.quick else 512].tolist()
         shape = "x".join(map(str, built.record_shape))
         count = min(64, len(ids))
@@ -103,41 +113,67 @@ def _run(arguments: argparse.Namespace, folder: Path) -> Any:
         share = db.stats().get("huge_page_share")
     if not arguments.quick and shutil.disk_usage(folder).free > 4 << 30:
         gathers.append(reference_size(folder))
-    return Result(title, built, _taken(store), share, condensed, _taken(means), profile, tuned, single, mean, gathers)
+    return Result(
+        title=title,
+        built=built,
+        condensed=condensed,
+        bytes_taken={"single": _taken(single), "means": _taken(means)},
+        huge_pages=share,
+        profiles=profiles,
+        tuned=tuned,
+        evaluation=found,
+        gathers=gathers,
+    )
 
 
-def _split(train: Sequence[Any], sequences: int) -> tuple[Sequence[Any], Sequence[Any]]:
+def _split(pairs: Pairs, sequences: int) -> tuple[Pairs, Pairs]:
     """Part what is recorded from what layers are chosen with: the two must not meet."""
-    others = max(len(train) - sequences, len(train) // 3)
-    return train[:-others], train[-others:][:_OTHERS]
+    kept = min(sequences, len(pairs) - min(_OTHERS, len(pairs) // 3))
+    return pairs[:kept], pairs[kept:][:_OTHERS]
+
+
+def _check_enough(others: Pairs, budget: float) -> None:
+    """Refuse data that the tuner would refuse in the end, before anything is built."""
+    from memodb_transformers.tuning import fewest_tuned
+
+    needed = -(-4 * fewest_tuned(budget) // 3)  # a quarter calibrates
+    if len(others) < needed:
+        raise ValueError(
+            f"expected {needed} sequences beside the recorded ones, to choose layers within {budget:g} points; found "
+            f"{len(others)}: give more data, fewer --sequences, or a larger --budget"
+        )
 
 
 def _taken(store: Path) -> int:
     return sum(file.stat().st_blocks * 512 for file in store.rglob("*") if file.is_file())
 
 
-def _job(arguments: argparse.Namespace) -> tuple[str, Any, Any, list[tuple[str, int]], list[tuple[str, int]]]:
-    """Make or load the classifier; returns a title, model, tokenizer, training and held-out pairs."""
+def _job(arguments: argparse.Namespace) -> tuple[str, Any, Any, Pairs, Pairs, Pairs]:
+    """Make or load the classifier; returns title, model, tokenizer, what is recorded, chosen with, and held out."""
     if arguments.model is not None:
         return _given(arguments)
     from .classifier import Recipe, train
     from .corpus import collect
 
     _say("Collecting docstrings of the installed packages ...")
-    corpus = collect(40 if arguments.quick else 400, progress=arguments.progress)
-    _say(f"Training a small DeBERTa-v2 on {len(corpus.train):,} docstrings of {', '.join(corpus.classes)} ...")
+    corpus = collect(60 if arguments.quick else 500, progress=arguments.progress)
+    # The model is fitted to what is recorded. On the others it errs as it does on new text, so that what is chosen on
+    # them holds there.
+    recorded, others = _split(corpus.train, arguments.sequences)
+    _check_enough(others, arguments.budget)
+    _say(f"Training a small DeBERTa-v2 on {len(recorded):,} docstrings of {', '.join(corpus.classes)} ...")
     small = {"hidden": 32, "layers": 2, "heads": 2, "vocabulary": 800, "epochs": 1}
     recipe = Recipe(padded_length=arguments.padded_length, **(small if arguments.quick else {}))
-    texts, labels = zip(*corpus.train, strict=True)
+    texts, labels = zip(*recorded, strict=True)
     model, tokenizer = train(texts, labels, len(corpus.classes), recipe, progress=arguments.progress)
     title = (
         f"which of {len(corpus.classes)} packages does a docstring come from; DeBERTa-v2 of {recipe.layers} layers, "
         f"hidden {recipe.hidden}, {recipe.padded_length} tokens"
     )
-    return title, model, tokenizer, corpus.train, corpus.held_out
+    return title, model, tokenizer, recorded, others, corpus.held_out
 
 
-def _given(arguments: argparse.Namespace) -> tuple[str, Any, Any, list[tuple[str, int]], list[tuple[str, int]]]:
+def _given(arguments: argparse.Namespace) -> tuple[str, Any, Any, Pairs, Pairs, Pairs]:
     import torch
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
     from transformers.utils import logging
@@ -146,26 +182,29 @@ def _given(arguments: argparse.Namespace) -> tuple[str, Any, Any, list[tuple[str
 
     from .corpus import is_held_out, mixed
 
-    def pairs(path: Path, limit: int | None) -> list[tuple[str, int]]:
-        sentences, labels = read_text(path, limit)
+    def read(path: Path) -> Pairs:
+        sentences, labels = read_text(path, None)
         if labels is None:
             raise ValueError(f"expected {path} to have a label column; found none: the demo measures accuracy")
-        return list(zip(sentences, labels, strict=True))
+        return mixed(list(zip(sentences, labels, strict=True)))  # files are often sorted
 
+    train = read(arguments.data)
+    if arguments.heldout is None:
+        held_out = [pair for pair in train if is_held_out(pair[0])]
+        train = [pair for pair in train if not is_held_out(pair[0])]
+    else:
+        held_out = read(arguments.heldout)
+        again = {text for text, _ in held_out}
+        train = [pair for pair in train if pair[0] not in again]
+    if not held_out:
+        raise ValueError("expected sentences to try memoization with; found none")
+    recorded, others = _split(train, arguments.sequences)
+    _check_enough(others, arguments.budget)
     logging.disable_progress_bar()
     model = AutoModelForSequenceClassification.from_pretrained(arguments.model, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
-    held_out = pairs(arguments.data if arguments.heldout is None else arguments.heldout, None)
-    train = pairs(arguments.data, None)
-    if arguments.heldout is None:
-        train = [pair for pair in train if not is_held_out(pair[0])]
-        held_out = [pair for pair in held_out if is_held_out(pair[0])]
-    # Files are often sorted, and the store shall hold a bit of everything.
-    train = mixed(train)[: arguments.sequences + _OTHERS]
-    if not train or not held_out:
-        raise ValueError(f"expected sentences on both sides of the split; found {len(train)} and {len(held_out)}")
     title = f"{Path(arguments.model).name} on {arguments.data.name}, {arguments.padded_length} tokens"
-    return title, model, tokenizer, train, held_out
+    return title, model, tokenizer, recorded, others, held_out
 
 
 @contextlib.contextmanager
@@ -173,7 +212,7 @@ def _workplace(arguments: argparse.Namespace) -> Iterator[Path]:
     """Make a folder in memory where there is room, else among temporary files; removed at the end unless kept."""
     parent = arguments.folder
     if parent is None and RAM_DISK.is_dir() and os.access(RAM_DISK, os.W_OK):
-        # The store of the default run takes about 0.4 GB, the gather comparison 0.8 GB for a moment.
+        # The stores of the default run take about 0.5 GB, the gather comparison 0.8 GB for a moment.
         parent = RAM_DISK if shutil.disk_usage(RAM_DISK).free > 3 << 30 else None
     folder = Path(tempfile.mkdtemp(prefix="memodb-demo-", dir=parent))
     try:
@@ -196,6 +235,8 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error("--model and --data go together")
     if arguments.heldout is not None and arguments.data is None:
         parser.error("--heldout needs --data")
+    if not 0 < arguments.budget <= 100:
+        parser.error("--budget must be above 0 and at most 100")
     for name in ("sequences", "evaluated", "padded_length", "batch_size", "repeats"):
         if getattr(arguments, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1")
@@ -211,8 +252,15 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--model", metavar="DIR_OR_HUB_NAME", help="a classifier, instead of training one")
     parser.add_argument("--data", type=Path, metavar="FILE.tsv", help="with --model: sentence<TAB>label, with header")
     parser.add_argument("--heldout", type=Path, metavar="FILE.tsv", help="held-out part (default: a fifth of --data)")
-    parser.add_argument("--sequences", type=int, default=1500, metavar="N", help="sequences to record (default 1500)")
-    parser.add_argument("--budget", type=float, metavar="POINTS", help="accuracy to give (default 2; quick: 25)")
+    parser.add_argument(
+        "--sequences", type=int, default=2000, metavar="N", help="sequences for the store (default 2000)"
+    )
+    parser.add_argument(
+        "--budget",
+        type=float,
+        metavar="POINTS",
+        help="points of accuracy that may be lost (default 2; with --quick 25)",
+    )
     parser.add_argument("--padded-length", type=int, default=64, metavar="L", help="tokens of a sequence (default 64)")
     parser.add_argument("--evaluated", type=int, default=400, metavar="N", help="held-out sequences (default 400)")
     parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="sequences a batch (default 32)")
@@ -220,7 +268,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--repeats", type=int, default=3, metavar="N", help="timed passes (default 3)")
     parser.add_argument("--folder", type=Path, help="where the store goes (default: in memory where there is room)")
     parser.add_argument("--output", type=Path, default=Path("demo/out"), help="folder of picture and table")
-    parser.add_argument("--keep", action="store_true", help="keep the store")
+    parser.add_argument("--keep", action="store_true", help="keep the stores")
     parser.add_argument("--quick", action="store_true", help="seconds instead of minutes: a tiny model, for tests")
     parser.add_argument("--progress", action=argparse.BooleanOptionalAction, help="default: on a terminal")
     return parser

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from .report import Result, compared
+from .report import Result, Run
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -14,7 +14,7 @@ __all__ = ["draw"]
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart.
 _BLUE, _ORANGE, _GREEN, _PURPLE, _GREY = "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#999999"
-_LEVEL_COLOURS = {"conservative": _BLUE, "moderate": _ORANGE, "aggressive": _GREEN, "tuned": _PURPLE}
+_LEVEL_COLOURS = {"moderate": _ORANGE, "aggressive": _GREEN, "tuned": _PURPLE}
 _PART_COLOURS = {"embed": _ORANGE, "search": _PURPLE, "fetch": _GREEN, "attention": _BLUE}
 
 
@@ -38,14 +38,18 @@ def draw(result: Result, path: Path) -> None:
     pyplot.close(figure)
 
 
+def _style(run: Run) -> dict[str, Any]:
+    """A colour a level; means are hatched."""
+    hatch = "//" if run.row["kind"] == "condensed" else None
+    return {"color": _LEVEL_COLOURS.get(run.row["level"], _BLUE), "hatch": hatch, "edgecolor": "white"}
+
+
 def _end_to_end(axis: Axes, result: Result) -> None:
-    rows = compared(result)
-    labels = [
-        name.replace("without memoization", "no reuse").replace(", ", ",\n").replace(" (", "\n(") for name, _, _ in rows
-    ]
-    colours = [_LEVEL_COLOURS.get(row["level"] or "", _GREY) for _, row, _ in rows]
-    drawn = axis.bar(labels, [row["seconds"] for _, row, _ in rows], color=colours)
-    for patch, (_, row, _) in zip(drawn, rows, strict=True):
+    runs = result.runs()
+    bars = [("no reuse", result.plain, {"color": _GREY})]
+    bars += [(run.name.replace(", ", ",\n").replace(" for ", "\nfor "), run.row, _style(run)) for run in runs]
+    for label, row, style in bars:
+        patch = axis.bar(label, row["seconds"], **style).patches[0]
         said = f"{row['seconds']:.2f} s"
         if row["accuracy"] is not None:
             said += f"\nacc. {100 * row['accuracy']:.1f} %"
@@ -54,43 +58,41 @@ def _end_to_end(axis: Axes, result: Result) -> None:
         )
     axis.margins(y=0.18)
     axis.tick_params(axis="x", labelsize=7)
-    axis.set_ylabel(f"time for {result.single.sequences:,} sequences [s]")
+    axis.set_ylabel(f"time for {result.evaluation.sequences:,} sequences [s]")
     axis.set_title("End to end, with accuracy")
 
 
 def _rates(axis: Axes, result: Result) -> None:
-    runs = [(level, stats, level) for level, stats in result.single.stats.items()]
-    runs += [("means, tuned", stats, level) for level, stats in result.mean.stats.items()]
-    width = 0.8 / max(1, len(runs))
-    for number, (label, stats, level) in enumerate(runs):
-        rates = [100 * row["hits"] / max(1, stats["sequences"]) for row in stats["layers"]]
+    runs = result.runs()
+    width = 0.86 / max(1, len(runs))
+    for number, run in enumerate(runs):
+        rates = [100 * row["hits"] / max(1, run.stats["sequences"]) for row in run.stats["layers"]]
         places = [layer + (number - (len(runs) - 1) / 2) * width for layer in range(len(rates))]
-        axis.bar(places, rates, width, label=label, color=_LEVEL_COLOURS.get(level, _GREY))
+        axis.bar(places, rates, width, label=run.name, **_style(run))
     axis.set_xticks(range(result.built.layers))
-    axis.set_ylim(0, 118)  # room for the legend above full bars
+    axis.set_ylim(0, 138)  # room for the legend above full bars
     axis.set_yticks(range(0, 101, 20))
     axis.set_xlabel("layer")
     axis.set_ylabel("sequences with a hit [%]")
     axis.set_title("Memoization rate by layer")
-    axis.legend(frameon=False, ncols=4, fontsize=8, loc="upper left")
+    axis.legend(frameon=False, ncols=2, fontsize=8, loc="upper left")
 
 
 def _parts(axis: Axes, result: Result) -> None:
-    name, stats, profile = result.runs()[-1]
-    layers = range(len(stats["layers"]))
-    if profile is not None:
-        plain = [1e3 * row.attention_seconds * stats["sequences"] for row in profile.layers]
-        axis.bar([layer - 0.2 for layer in layers], plain, 0.38, label="original attention", color=_GREY)
-    bottom = [0.0] * len(stats["layers"])
+    run = result.runs()[-1]
+    layers = range(len(run.stats["layers"]))
+    plain = [1e3 * row.attention_seconds * run.stats["sequences"] for row in run.profile.layers]
+    axis.bar([layer - 0.2 for layer in layers], plain, 0.38, label="original attention", color=_GREY)
+    bottom = [0.0] * len(run.stats["layers"])
     for part, colour in _PART_COLOURS.items():
-        taken = [1e3 * row[f"{part}_seconds"] for row in stats["layers"]]
+        taken = [1e3 * row[f"{part}_seconds"] for row in run.stats["layers"]]
         axis.bar([layer + 0.2 for layer in layers], taken, 0.38, bottom=bottom, label=part, color=colour)
         bottom = [low + high for low, high in zip(bottom, taken, strict=True)]
     axis.set_xticks(list(layers))
     axis.margins(y=0.35)
     axis.set_xlabel("layer (without a right bar: not memoized)")
     axis.set_ylabel("time of one pass [ms]")
-    axis.set_title(f"Time by layer, {name}: original (left), memoized (right)", fontsize=10)
+    axis.set_title(f"Time by layer, {run.name}: original (left), memoized (right)", fontsize=10)
     axis.legend(frameon=False, ncols=3, fontsize=8, loc="upper left")
 
 

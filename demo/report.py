@@ -10,56 +10,87 @@ import memodb_transformers as mt
 
 from .gather import GatherTimes
 
-__all__ = ["Result", "text_table", "verdict", "write_table"]
+__all__ = ["Result", "Run", "text_table", "verdict", "write_table"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Result:
-    """All figures of one run.
+    """All figures of one run. Of the two stores, ``single`` holds single records, ``means`` their means.
 
     Attributes
     ----------
     title
         Model and data.
-    built
-        Report of the build, with the profile of the single records.
-    store_bytes
-        Bytes that the store takes on its file system.
+    built, condensed
+        How the two stores were made.
+    bytes_taken
+        Bytes that each takes on its file system.
     huge_pages
-        Share of the store on huge pages, or None where the store does not say.
-    condensed, condensed_bytes
-        Report of the store of means, and the bytes that it takes.
-    profile, tuned
-        Profile of the store of means, and what the tuner chose for it.
-    single
-        Evaluation of the single records, every layer memoized, at several levels.
-    mean
-        Evaluation of the store of means, as tuned.
+        Share of the single records on huge pages, or None where the store does not say.
+    profiles, tuned
+        Of each store.
+    evaluation
+        The plain model, single records (kind "nearest") and means ("condensed") at several levels.
     gathers
         Gather comparisons.
     """
 
     title: str
     built: mt.BuildReport
-    store_bytes: int
-    huge_pages: float | None
     condensed: mt.CondenseReport
-    condensed_bytes: int
-    profile: mt.ProfileReport
-    tuned: mt.TuneReport
-    single: mt.EvaluationReport
-    mean: mt.EvaluationReport
+    bytes_taken: dict[str, int]
+    huge_pages: float | None
+    profiles: dict[str, mt.ProfileReport]
+    tuned: dict[str, mt.TuneReport]
+    evaluation: mt.EvaluationReport
     gathers: list[GatherTimes]
 
-    def runs(self) -> list[tuple[str, dict[str, Any], mt.ProfileReport | None]]:
-        """Return each run with memoization by name, with its counts and the profile that foretold it."""
-        named = [(f"nearest record, {level}", stats, self.built.profile) for level, stats in self.single.stats.items()]
-        return [*named, *((self.tuned_name, stats, self.profile) for stats in self.mean.stats.values())]
+    def runs(self) -> list[Run]:
+        """Return what was run with memoization, in the order of the evaluation."""
+        found = []
+        for row in self.evaluation.rows:
+            if row["kind"] != "plain":
+                store = {"nearest": "single", "condensed": "means"}[row["kind"]]
+                tuned = self.tuned[store]
+                level = f"tuned for {tuned.budget:g} points" if row["level"] == "tuned" else row["level"]
+                found.append(
+                    Run(
+                        name=f"{'single records' if store == 'single' else store}, {level}",
+                        row=row,
+                        stats=self.evaluation.stats_by_kind[row["kind"]][str(row["level"])],
+                        profile=self.profiles[store],
+                        tuned=tuned if row["level"] == "tuned" else None,
+                    )
+                )
+        return found
 
     @property
-    def tuned_name(self) -> str:
-        """Name of the run of the store of means."""
-        return f"means, tuned for {self.tuned.budget:g} points"
+    def plain(self) -> dict[str, Any]:
+        """The row of the plain model."""
+        return next(row for row in self.evaluation.rows if row["kind"] == "plain")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """One run with memoization.
+
+    Attributes
+    ----------
+    name
+        What was reused, and at which level.
+    row, stats
+        Of the evaluation: what it measured, and counts and seconds by layer.
+    profile
+        What was foretold of its store.
+    tuned
+        At level "tuned", what the tuner chose.
+    """
+
+    name: str
+    row: dict[str, Any]
+    stats: dict[str, Any]
+    profile: mt.ProfileReport
+    tuned: mt.TuneReport | None
 
 
 def text_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
@@ -84,7 +115,7 @@ def write_table(result: Result) -> str:
             f"memodb demo: {result.title}",
             _store(result),
             _end_to_end(result),
-            *(_layers(*run) for run in result.runs()),
+            *(_layers(run) for run in result.runs() if run.tuned is not None and not run.tuned.declined),
             *(_gather(times) for times in result.gathers),
             "\n".join(verdict(result)),
         ]
@@ -94,57 +125,58 @@ def write_table(result: Result) -> str:
 def verdict(result: Result) -> list[str]:
     """Say in words what the figures mean, for better or worse."""
     said = []
-    for name, row, plain in compared(result):
-        if row["kind"] == "plain" or (row["kind"] == "condensed" and result.tuned.declined):
+    for run in result.runs():
+        row, tuned = run.row, run.tuned
+        if tuned is not None and tuned.declined:
+            said.append(
+                f"- {run.name}: the tuner declined. On {tuned.chosen_on + tuned.sequences} sequences it could not show "
+                f"of anything that saves time that it loses at most {tuned.budget:g} points."
+            )
             continue
-        change = 100 * (1 - 1 / row["speedup_vs_plain"])
-        time = f"{abs(change):.0f} % {'less' if change > 0 else 'more'} time" if abs(change) >= 1 else "the same time"
-        accuracy = ""
-        if row["accuracy"] is not None:
-            accuracy = f", accuracy {100 * (row['accuracy'] - plain['accuracy']):+.1f} points"
-        said.append(f"- {name}: {100 * row['memoization_rate']:.0f} % of attention replaced, {time}{accuracy}.")
-    said += _misjudged(result)
-    tuned = result.tuned
-    if tuned.declined:
-        said.append(f"- The tuner advises against reuse here: nothing that saves time keeps {tuned.budget:g} points.")
-    else:
-        layers = ", ".join(map(str, sorted(tuned.thresholds)))
         said.append(
-            f"- The tuner chose layers {layers}. On {tuned.sequences} sequences that had no part in the choice it lost "
-            f"{tuned.loss:.1f} points (95 %: {tuned.low:.1f} to {tuned.high:.1f})."
+            f"- {run.name}: {100 * row['memoization_rate']:.0f} % of attention replaced, {_time(row)}, accuracy "
+            f"{_change(row)} points (95 %)."
         )
-    return ["In words:", *said]
+        if tuned is not None:
+            layers = ", ".join(map(str, sorted(tuned.thresholds)))
+            said.append(
+                f"  The tuner chose layers {layers}. On {tuned.sequences} sequences that had no part in the choice it "
+                f"lost {tuned.loss:.1f} points (95 %: {tuned.low:.1f} to {tuned.high:.1f})."
+            )
+    if result.evaluation.self_hits:
+        said.append(
+            f"- {result.evaluation.self_hits} of the {result.evaluation.sequences} held-out sequences look to the "
+            "model like recorded ones: they find themselves, and flatter a little."
+        )
+    return ["In words:", *said, *_misjudged(result)]
 
 
-def compared(result: Result) -> list[tuple[str, dict[str, Any], dict[str, Any]]]:
-    """Return the rows of both evaluations: name, row, and the plain row that was timed in turn with it."""
-    found = []
-    for evaluation, title in ((result.single, "records"), (result.mean, "means")):
-        plain = next(row for row in evaluation.rows if row["kind"] == "plain")
-        for row in evaluation.rows:
-            name = {
-                "plain": f"without memoization (beside the {title})",
-                "nearest": f"nearest record, {row['level']}",
-                "condensed": result.tuned_name,
-            }[row["kind"]]
-            found.append((name, row, plain))
-    return found
+def _time(row: dict[str, Any]) -> str:
+    change = 100 * (1 - 1 / row["speedup_vs_plain"])
+    if abs(change) < 2:  # the machine's noise
+        return "about the same time"
+    return f"{abs(change):.0f} % {'less' if change > 0 else 'more'} time"
+
+
+def _change(row: dict[str, Any]) -> str:
+    if row["accuracy"] is None:
+        return "-"
+    low, middle, high = (100 * row[f"accuracy_change{end}"] for end in ("_low", "", "_high"))
+    return f"{middle:+.1f} ({low:+.1f} to {high:+.1f})"
 
 
 def _misjudged(result: Result) -> list[str]:
     """Say where the profile promised clearly more hits than there were."""
     said = []
-    for name, stats, profile in result.runs():
-        if profile is None or not stats["layers"]:
-            continue
-        promised = sum(profile.layers[row["layer"]].alpha(row["threshold"]) for row in stats["layers"])
-        promised /= len(stats["layers"])
-        came = stats["memoization_rate"]
-        if promised > 1.5 * came + 0.02:
+    for run in result.runs():
+        layers = run.stats["layers"]
+        promised = sum(run.profile.layers[row["layer"]].alpha(row["threshold"]) for row in layers) / len(layers)
+        came = run.stats["memoization_rate"]
+        if promised > 1.5 * came + 0.02 and any(row["lookups"] for row in layers):
             said.append(
-                f"- The profile promised {100 * promised:.0f} % for {name}, {100 * came:.0f} % came: "
-                "the sequences it was made with resemble the recorded ones more than the held-out ones do, so "
-                "its choice of layers is too hopeful. Profile on data like that which will be served."
+                f"- The profile promised {100 * promised:.0f} % for {run.name}, {100 * came:.0f} % came: the "
+                "sequences it was made with resemble the recorded ones more than the held-out ones do. Profile on "
+                "data like that which will be served."
             )
     return said
 
@@ -156,65 +188,56 @@ def _store(result: Result) -> str:
         ("records", f"{built.records:,} ({built.sequences:,} sequences x {built.layers} layers)"),
         ("one record", f"{shape} {built.store_dtype}, {built.bytes // built.records:,} bytes"),
         ("bytes of records", f"{built.bytes:,}"),
-        ("bytes on the file system", f"{result.store_bytes:,}"),
+        ("bytes on the file system", f"{result.bytes_taken['single']:,}"),
         ("on huge pages", "not reported" if result.huge_pages is None else f"{100 * result.huge_pages:.0f} %"),
         ("time to record", f"{built.seconds:.1f} s"),
-        ("condensed to means", f"{result.condensed.records:,}: {result.condensed_bytes:,} bytes on the file system"),
+        ("means made of them", f"{result.condensed.records:,}, {result.bytes_taken['means']:,} bytes"),
     ]
     width = max(len(name) for name, _ in rows)
     return "The store\n" + "\n".join(f"  {name.ljust(width)}   {value}" for name, value in rows)
 
 
 def _end_to_end(result: Result) -> str:
+    named = [("without memoization", result.plain), *((run.name, run.row) for run in result.runs())]
     rows = [
         (
             name,
             _percent(row["memoization_rate"]),
             _percent(row["accuracy"]),
+            "-" if row["kind"] == "plain" else _change(row),
             _percent(row["agreement"]),
             f"{row['seconds']:.3f} s",
             f"{row['speedup_vs_plain']:.2f} x",
         )
-        for name, row, _ in compared(result)
+        for name, row in named
     ]
-    count, repeats = result.single.sequences, result.single.repeats
+    count, repeats = result.evaluation.sequences, result.evaluation.repeats
     title = f"End to end: {count:,} held-out sequences, median of {repeats} passes, all costs included\n"
-    return title + text_table(("", "memoized", "accuracy", "agreement", "time", "speed-up"), rows)
+    return title + text_table(
+        ("", "memoized", "accuracy", "change (95 %), points", "agreement", "time", "speed-up"), rows
+    )
 
 
-def _layers(name: str, stats: dict[str, Any], profile: mt.ProfileReport | None) -> str:
+def _layers(run: Run) -> str:
     rows = []
-    for row in stats["layers"]:
-        number = row["layer"]
+    count = run.stats["sequences"]
+    for row in run.stats["layers"]:
+        profile = run.profile.layers[row["layer"]]
         parts = [row[f"{part}_seconds"] for part in ("embed", "search", "fetch", "attention")]
-        plain = profile.layers[number].attention_seconds * stats["sequences"] if profile else None
-        told = profile if row["memoized"] else None
-        predicted = told.layers[number].alpha(row["threshold"]) if told else None
-        benefit = told.layers[number].benefit(row["threshold"]) * stats["sequences"] if told else None
+        measured = [f"{part:.3f} s" for part in (*parts, sum(parts))]
         rows.append(
             (
-                number,
-                _percent(row["hits"] / stats["sequences"]),
-                _percent(predicted),
-                *(f"{part:.3f} s" for part in parts),
-                f"{sum(parts):.3f} s" if row["memoized"] else "-",
-                "-" if plain is None else f"{plain:.3f} s",
-                "-" if benefit is None else f"{benefit:+.3f} s",
+                row["layer"],
+                _percent(row["hits"] / count),
+                _percent(profile.alpha(row["threshold"])),
+                *(measured if row["memoized"] else "-" * len(measured)),
+                f"{profile.attention_seconds * count:.3f} s",
+                f"{profile.benefit(row['threshold']) * count:+.3f} s" if row["memoized"] else "-",
             )
         )
-    header = (
-        "layer",
-        "memoized",
-        "predicted",
-        "embed",
-        "search",
-        "fetch",
-        "attention",
-        "sum",
-        "original",
-        "predicted gain",
-    )
-    return f"By layer, {name}: one pass over the held-out sequences\n" + text_table(header, rows)
+    parts_named = ("embed", "search", "fetch", "attention", "sum")
+    header = ("layer", "memoized", "predicted", *parts_named, "original", "predicted gain")
+    return f"By layer, {run.name}: one pass over the held-out sequences\n" + text_table(header, rows)
 
 
 def _gather(times: GatherTimes) -> str:

@@ -29,7 +29,7 @@ class LayerTraining:
     mean
         Similarity of the mean of all records of the length.
     tested
-        Sequences that these are means over; 0: too few to train on, and the embedder is as it was drawn.
+        Sequences that these are means over; 0: too few to train on, and the embedder is as it began.
     epochs, seconds
         Passes over the sample, and wall-clock time.
     """

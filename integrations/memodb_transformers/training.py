@@ -87,7 +87,7 @@ def train_layer(
     epochs
         Most passes over the sample; training stops before when retrieval no longer improves. Default 30.
     seed
-        Of the first parameters and of the order; equal seeds give equal embedders, with as many threads.
+        Of what is drawn at first and of the order; equal seeds give equal embedders, with as many threads.
 
     Returns
     -------
@@ -199,11 +199,12 @@ class _Trainee:
         return found
 
     def begin_with(self, sample: LayerSample) -> None:
-        """Let the first parameters be those that the sample suggests."""
+        """Let a separable one begin with the directions in which the tokens of known sequences differ most."""
         if self._kind == "separable":
             tokens = self.parameters[0]
-            # Of what is not trained on, no token counts.
-            found = principal_tokens(sample.hidden, torch.from_numpy(sample.lengths * sample.known), tokens.shape[1])
+            # Nothing is known of a sequence that is not even like itself: its numbers are not finite.
+            known = sample.known & np.isfinite(sample.similarities.diagonal())
+            found = principal_tokens(sample.hidden, torch.from_numpy(sample.lengths * known), tokens.shape[1])
             if found is not None:
                 with torch.no_grad():
                     tokens.copy_(found)

@@ -77,6 +77,16 @@ def test_equal_seeds_give_equal_embedders(kind: str) -> None:
 
 
 @contextmanager
+def bfloat16() -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+@contextmanager
 def double() -> Iterator[None]:
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
@@ -91,7 +101,7 @@ def half() -> Any:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("mode", [half, torch.inference_mode, torch.no_grad, double])
+@pytest.mark.parametrize("mode", [half, torch.inference_mode, torch.no_grad, double, bfloat16])
 def test_training_is_the_same_in_any_mode(kind: str, mode: Any) -> None:
     plain, _ = train_layer(kind, 0, sample(60), key_dim=8, epochs=3)
     with mode():
@@ -103,7 +113,7 @@ def test_training_is_the_same_in_any_mode(kind: str, mode: Any) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_no_epochs_leave_the_embedder_as_it_was_drawn(kind: str) -> None:
+def test_no_epochs_leave_the_embedder_as_it_began(kind: str) -> None:
     data = sample(60)
     arrays, told = train_layer(kind, 0, data, key_dim=8, epochs=0)
     assert (told.epochs, told.tested) == (0, 6)
@@ -341,9 +351,36 @@ def test_training_of_the_separable_one_begins_with_what_tells_tokens_apart() -> 
     torch.testing.assert_close(projected.T @ projected / len(projected), torch.eye(2), atol=1e-3, rtol=0.0)
 
 
+def test_training_begins_with_directions_of_what_it_may_know() -> None:
+    data = sample(60, wide=64)
+    first = train_layer("separable", 0, data, key_dim=64, epochs=0)[0]["tokens"]
+    expected = principal_tokens(data.hidden, torch.from_numpy(data.lengths * data.known), first.shape[1])
+    assert expected is not None
+    np.testing.assert_array_equal(first, expected.numpy())
+    data.hidden[torch.from_numpy(~data.known)] += 100.0
+    np.testing.assert_array_equal(train_layer("separable", 0, data, key_dim=64, epochs=0)[0]["tokens"], first)
+    data.hidden[0] = 0.0  # so are hidden states handed over that were not finite
+    data.similarities[0] = data.similarities[:, 0] = np.nan
+    other = train_layer("separable", 0, data, key_dim=64, epochs=0)[0]["tokens"]
+    known = data.known & (np.arange(60) > 0)
+    expected = principal_tokens(data.hidden, torch.from_numpy(data.lengths * known), first.shape[1])
+    assert expected is not None
+    np.testing.assert_array_equal(other, expected.numpy())
+
+
+def test_many_tokens_are_sampled_evenly() -> None:
+    hidden = torch.randn(9000, 2, 3, generator=torch.Generator().manual_seed(5)) * torch.tensor([1.0, 4.0, 2.0])
+    hidden[6000:] *= 10.0  # the last ones count as well
+    found = principal_tokens(hidden, torch.full((9000,), 2), 2)
+    assert found is not None
+    variance = ((hidden.flatten(0, 1) @ found) ** 2).mean(dim=0)
+    torch.testing.assert_close(variance, torch.ones(2), atol=0.1, rtol=0.0)
+
+
 def test_tokens_that_hardly_differ_have_no_directions() -> None:
     one = torch.randn(1, 1, 6).expand(5, 4, 6)
     assert principal_tokens(one, torch.full((5,), 4), 2) is None
+    assert principal_tokens(1e4 + 1e-3 * torch.randn(5, 4, 6), torch.full((5,), 4), 1) is None
     assert principal_tokens(torch.randn(5, 4, 6), torch.zeros(5, dtype=torch.int64), 2) is None
     assert principal_tokens(torch.randn(5, 4, 6), torch.full((5,), 4), 7) is None
     # An embedder is trained all the same: it begins with random ones.
