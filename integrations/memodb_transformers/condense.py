@@ -110,8 +110,8 @@ def condense(
 
     The keys of each layer and length are clustered; of each cluster the mean record is kept, under the mean key, with
     its size and spread. Records are streamed: neither store needs to fit into memory. The new store has no profile yet,
-    as distances to means are others: :func:`memodb_transformers.profile` makes it. What a killed call leaves has to be
-    removed: a store is refused as none until it is whole, but of length buckets those that are done can be opened.
+    as distances to means are others: :func:`memodb_transformers.profile` makes it. What a killed call leaves (at
+    ``out_path``, or of length buckets in a folder beside it) is refused as no memo store and has to be removed.
 
     Parameters
     ----------
@@ -149,15 +149,16 @@ def condense(
     root, target = Path(path), Path(out_path)
     lengths = stored_lengths(root)
     parts = bucket_paths(root)
-    pairs = [(part, bucket_path(target, length)) for part, length in zip(parts, lengths, strict=False)]
     began = perf_counter()
-    with making(target, folder=bool(parts), permissions=permissions_of(options)):
+    with making(target, folder=bool(parts), permissions=permissions_of(options)) as place:
+        pairs = [(part, bucket_path(place, length)) for part, length in zip(parts, lengths, strict=False)]
         reports = [
             _condense_one(source, out, most, max_bytes, by, store_dtype, backend, seed, progress, options)
-            for source, out in pairs or [(root, target)]
+            for source, out in pairs or [(root, place)]
         ]
     if not parts:
         return reports[0]
+    reports = [replace(r, path=str(bucket_path(target, length))) for r, length in zip(reports, lengths, strict=True)]
     names = ("source_records", "records", "source_bytes", "bytes")
     return replace(
         reports[-1],

@@ -15,9 +15,11 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -170,8 +172,11 @@ def permissions_of(options: Mapping[str, Any]) -> int:
 
 
 @contextmanager
-def making(path: Path, *, folder: bool, permissions: int) -> Iterator[None]:
+def making(path: Path, *, folder: bool, permissions: int) -> Iterator[Path]:
     """Make a store, or a folder of stores, in a block; what is left by an error is removed, if it was made there.
+
+    A folder is made beside its place, which the block is given, and moved there when all stores in it are whole: of one
+    that is killed nothing can be opened at ``path``.
 
     Raises
     ------
@@ -181,18 +186,20 @@ def making(path: Path, *, folder: bool, permissions: int) -> Iterator[None]:
     exists = memodb.StoreExistsError(f"{path} exists: choose another path, or remove it first")
     if path.exists() or path.is_symlink():
         raise exists
-    if folder:
-        try:
-            path.mkdir(mode=0o700)
-        except FileExistsError:
-            raise exists from None
+    place = Path(tempfile.mkdtemp(prefix=f"{path.name}.making-", dir=path.parent)) if folder else path
     try:
-        yield
+        yield place
         if folder:
-            set_permissions(path, permissions)  # last: the stores in it have checked them
+            set_permissions(place, permissions)  # last: the stores in it have checked them
+            try:
+                os.rename(place, path)
+            except OSError as error:
+                if error.errno in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
+                    raise exists from None
+                raise
     except BaseException as error:
         if folder or not isinstance(error, memodb.StoreExistsError):  # that one somebody else has made meanwhile
-            shutil.rmtree(path, ignore_errors=True)
+            shutil.rmtree(place, ignore_errors=True)
         raise
 
 

@@ -39,11 +39,11 @@ def copy(
     lengths = stored_lengths(root)  # says so if it is no memo store
     settings = options if backend is None else {**options, "backend": backend}
     parts = bucket_paths(root)
-    with making(target, folder=bool(parts), permissions=permissions_of(options)):
+    with making(target, folder=bool(parts), permissions=permissions_of(options)) as place:
         for part, length in zip(parts, lengths, strict=False):
-            _copy_one(part, bucket_path(target, length), settings)
+            _copy_one(part, bucket_path(place, length), settings)
         if not parts:
-            _copy_one(root, target, settings)
+            _copy_one(root, place, settings)
 
 
 def _copy_one(source: Path, destination: Path, settings: dict[str, Any]) -> None:

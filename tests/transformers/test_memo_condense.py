@@ -201,6 +201,7 @@ def test_each_bucket_is_condensed(path: Path, out: Path) -> None:
     assert (report.source_records, report.records) == (24, 8)
     assert report.bytes == sum(part.bytes for part in report.buckets)
     assert report.path == str(out)
+    assert [part.path for part in report.buckets] == [str(out / "L=16"), str(out / "L=8")]
     model = tiny_model()
     with mt.memoize(model, out, threshold=1e3, layers="all") as memo:
         for batch in batches:
@@ -216,6 +217,39 @@ def test_a_group_may_enter_the_folder_of_buckets(path: Path, out: Path) -> None:
     mt.copy(path, copied, permissions=0o750)
     for folder in (path, out, copied):
         assert stat.S_IMODE(folder.stat().st_mode) == stat.S_IMODE((folder / "L=8").stat().st_mode) == 0o750
+
+
+@pytest.mark.parametrize("verb", ["condense", "copy"])
+@pytest.mark.parametrize("happens", ["stopped", "another one is quicker"])
+def test_buckets_stand_at_their_place_when_all_are_whole(
+    path: Path, out: Path, monkeypatch: pytest.MonkeyPatch, verb: str, happens: str
+) -> None:
+    from memodb_transformers import condense, transfer
+
+    batches = [tiny_batch([5] * 6, padded=8), tiny_batch([12] * 6)]
+    mt.build(tiny_model(), batches, path, buckets=(8, PADDED), **BARE)
+    module = {"condense": condense, "copy": transfer}[verb]
+    original, done = module.copy_beside, []
+
+    def second(*arguments: Any, **options: Any) -> None:
+        original(*arguments, **options)
+        done.append(arguments)
+        assert not out.exists()
+        if len(done) == 2 and happens == "stopped":
+            raise KeyboardInterrupt
+        if len(done) == 2:
+            out.mkdir()
+            (out / "mine").write_text("kept")
+
+    monkeypatch.setattr(module, "copy_beside", second)
+    with pytest.raises(KeyboardInterrupt if happens == "stopped" else memodb.StoreExistsError):
+        getattr(mt, verb)(path, out)
+    assert len(done) == 2
+    assert sorted(entry.name for entry in path.parent.iterdir()) == sorted(
+        [path.name] + ([] if happens == "stopped" else [out.name])
+    )
+    if happens != "stopped":
+        assert [entry.name for entry in out.iterdir()] == ["mine"]
 
 
 def test_means_are_not_condensed_again(built: Path, out: Path) -> None:
