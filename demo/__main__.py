@@ -182,7 +182,7 @@ def _given(arguments: argparse.Namespace) -> tuple[str, Any, Any, Pairs, Pairs, 
 
     from .corpus import is_held_out, mixed
 
-    def read(path: Path) -> Pairs:
+    def read(path: Path) -> list[tuple[str, int]]:
         sentences, labels = read_text(path, None)
         if labels is None:
             raise ValueError(f"expected {path} to have a label column; found none: the demo measures accuracy")

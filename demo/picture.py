@@ -46,7 +46,7 @@ def _style(run: Run) -> dict[str, Any]:
 
 def _end_to_end(axis: Axes, result: Result) -> None:
     runs = result.runs()
-    bars = [("no reuse", result.plain, {"color": _GREY})]
+    bars: list[tuple[str, dict[str, Any], dict[str, Any]]] = [("no reuse", result.plain, {"color": _GREY})]
     bars += [(run.name.replace(", ", ",\n").replace(" for ", "\nfor "), run.row, _style(run)) for run in runs]
     for label, row, style in bars:
         patch = axis.bar(label, row["seconds"], **style).patches[0]
