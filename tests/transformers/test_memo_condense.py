@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import json
 import stat
 import sys
@@ -224,11 +225,10 @@ def test_a_group_may_enter_the_folder_of_buckets(path: Path, out: Path) -> None:
 def test_buckets_stand_at_their_place_when_all_are_whole(
     path: Path, out: Path, monkeypatch: pytest.MonkeyPatch, verb: str, happens: str
 ) -> None:
-    from memodb_transformers import condense, transfer
-
     batches = [tiny_batch([5] * 6, padded=8), tiny_batch([12] * 6)]
     mt.build(tiny_model(), batches, path, buckets=(8, PADDED), **BARE)
-    module = {"condense": condense, "copy": transfer}[verb]
+    # The package's `condense` is the function.
+    module: Any = importlib.import_module(f"memodb_transformers.{'condense' if verb == 'condense' else 'transfer'}")
     original, done = module.copy_beside, []
 
     def second(*arguments: Any, **options: Any) -> None:
