@@ -140,7 +140,7 @@ def verdict(result: Result) -> list[str]:
         if tuned is not None:
             layers = ", ".join(map(str, sorted(tuned.thresholds)))
             said.append(
-                f"  The tuner chose layers {layers}. On {tuned.sequences} sequences that had no part in the choice it "
+                f"  The tuner chose layer{'s' if len(tuned.thresholds) > 1 else ''} {layers}. On {tuned.sequences} sequences that had no part in the choice it "
                 f"lost {tuned.loss:.1f} points (95 %: {tuned.low:.1f} to {tuned.high:.1f})."
             )
     if result.evaluation.self_hits:
