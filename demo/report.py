@@ -139,9 +139,10 @@ def verdict(result: Result) -> list[str]:
         )
         if tuned is not None:
             layers = ", ".join(map(str, sorted(tuned.thresholds)))
+            many = "s" if len(tuned.thresholds) > 1 else ""
             said.append(
-                f"  The tuner chose layer{'s' if len(tuned.thresholds) > 1 else ''} {layers}. On {tuned.sequences} sequences that had no part in the choice it "
-                f"lost {tuned.loss:.1f} points (95 %: {tuned.low:.1f} to {tuned.high:.1f})."
+                f"  The tuner chose layer{many} {layers}. On {tuned.sequences} sequences that had no part in the choice "
+                f"it lost {tuned.loss:.1f} points (95 %: {tuned.low:.1f} to {tuned.high:.1f})."
             )
     if result.evaluation.self_hits:
         said.append(
