@@ -141,7 +141,7 @@ def verdict(result: Result) -> list[str]:
             layers = ", ".join(map(str, sorted(tuned.thresholds)))
             many = "s" if len(tuned.thresholds) > 1 else ""
             said.append(
-                f"  The tuner chose layer{many} {layers}. On {tuned.sequences} sequences that had no part in the choice "
+                f"  The tuner chose layer{many} {layers}. On {tuned.sequences} sequences without a part in the choice "
                 f"it lost {tuned.loss:.1f} points (95 %: {tuned.low:.1f} to {tuned.high:.1f})."
             )
     if result.evaluation.self_hits:
