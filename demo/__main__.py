@@ -60,7 +60,7 @@ def _run(arguments: argparse.Namespace, folder: Path) -> Any:
     from memodb_transformers.data import to_batches
 
     from .gather import compare, reference_size
-    from .report import Result
+    from .report import NAMES, Result
 
     progress = arguments.progress
     title, model, tokenizer, recorded, others, held_out = _job(arguments)
@@ -87,18 +87,20 @@ def _run(arguments: argparse.Namespace, folder: Path) -> Any:
     )
     condensed = mt.condense(single, means, records_per_namespace=_MEANS, progress=progress)
     quarter = len(others) // 4
+    calibrating, choosing = batches(others[:quarter]), batches(others[quarter:])
+    stores = {"nearest": single, "condensed": means}
     profiles, tuned = {}, {}
-    for name, path in (("single", single), ("means", means)):
-        _say(f"Choosing layers for {'single records' if path == single else 'means'} on {len(others):,} others ...")
-        profiles[name] = mt.profile(model, batches(others[:quarter]), path, progress=progress)
-        tuned[name] = mt.tune(model, batches(others[quarter:]), path, budget=arguments.budget, progress=progress)
+    for kind, path in stores.items():
+        _say(f"Choosing layers for {NAMES[kind]} on {len(others):,} others ...")
+        profiles[kind] = mt.profile(model, calibrating, path, progress=progress)
+        tuned[kind] = mt.tune(model, choosing, path, budget=arguments.budget, progress=progress)
     _say(f"Running {len(held_out):,} held-out sequences with and without memoization ...")
     found = mt.evaluate(
         model,
         batches(held_out),
         single,
         levels=["moderate", "aggressive", "tuned"],
-        kinds=("plain", "nearest", "condensed"),
+        kinds=("plain", *stores),
         condensed=means,
         similarity=False,
         repeats=1 if arguments.quick else arguments.repeats,
@@ -117,7 +119,7 @@ def _run(arguments: argparse.Namespace, folder: Path) -> Any:
         title=title,
         built=built,
         condensed=condensed,
-        bytes_taken={"single": _taken(single), "means": _taken(means)},
+        bytes_taken={kind: _taken(path) for kind, path in stores.items()},
         huge_pages=share,
         profiles=profiles,
         tuned=tuned,

@@ -79,7 +79,7 @@ def _rates(axis: Axes, result: Result) -> None:
 
 
 def _parts(axis: Axes, result: Result) -> None:
-    run = result.runs()[-1]
+    run = (result.detailed() or result.runs())[-1]
     layers = range(len(run.stats["layers"]))
     plain = [1e3 * row.attention_seconds * run.stats["sequences"] for row in run.profile.layers]
     axis.bar([layer - 0.2 for layer in layers], plain, 0.38, label="original attention", color=_GREY)

@@ -10,12 +10,16 @@ import memodb_transformers as mt
 
 from .gather import GatherTimes
 
-__all__ = ["Result", "Run", "text_table", "verdict", "write_table"]
+__all__ = ["NAMES", "Result", "Run", "text_table", "verdict", "write_table"]
+
+
+#: What the two stores hold, by the kind of reuse that they serve.
+NAMES = {"nearest": "single records", "condensed": "means"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """All figures of one run. Of the two stores, ``single`` holds single records, ``means`` their means.
+    """All figures of one run; of the two stores by kind of reuse.
 
     Attributes
     ----------
@@ -30,7 +34,7 @@ class Result:
     profiles, tuned
         Of each store.
     evaluation
-        The plain model, single records (kind "nearest") and means ("condensed") at several levels.
+        The plain model, single records and means at several levels.
     gathers
         Gather comparisons.
     """
@@ -49,20 +53,24 @@ class Result:
         """Return what was run with memoization, in the order of the evaluation."""
         found = []
         for row in self.evaluation.rows:
-            if row["kind"] != "plain":
-                store = {"nearest": "single", "condensed": "means"}[row["kind"]]
-                tuned = self.tuned[store]
-                level = f"tuned for {tuned.budget:g} points" if row["level"] == "tuned" else row["level"]
+            kind = row["kind"]
+            if kind in NAMES:
+                tuned = self.tuned[kind] if row["level"] == "tuned" else None
+                level = row["level"] if tuned is None else f"tuned for {tuned.budget:g} points"
                 found.append(
                     Run(
-                        name=f"{'single records' if store == 'single' else store}, {level}",
+                        name=f"{NAMES[kind]}, {level}",
                         row=row,
-                        stats=self.evaluation.stats_by_kind[row["kind"]][str(row["level"])],
-                        profile=self.profiles[store],
-                        tuned=tuned if row["level"] == "tuned" else None,
+                        stats=self.evaluation.stats_by_kind[kind][str(row["level"])],
+                        profile=self.profiles[kind],
+                        tuned=tuned,
                     )
                 )
         return found
+
+    def detailed(self) -> list[Run]:
+        """Return the run of each store that is shown layer by layer: as tuned, or else the boldest one."""
+        return list({run.row["kind"]: run for run in self.runs() if not run.declined}.values())
 
     @property
     def plain(self) -> dict[str, Any]:
@@ -92,6 +100,11 @@ class Run:
     profile: mt.ProfileReport
     tuned: mt.TuneReport | None
 
+    @property
+    def declined(self) -> bool:
+        """Whether the tuner advised against reuse, so that there was none."""
+        return self.tuned is not None and self.tuned.declined
+
 
 def text_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     """Align a table: the first column to the left, all others to the right."""
@@ -115,7 +128,7 @@ def write_table(result: Result) -> str:
             f"memodb demo: {result.title}",
             _store(result),
             _end_to_end(result),
-            *(_layers(run) for run in result.runs() if run.tuned is not None and not run.tuned.declined),
+            *map(_layers, result.detailed()),
             *(_gather(times) for times in result.gathers),
             "\n".join(verdict(result)),
         ]
@@ -189,10 +202,10 @@ def _store(result: Result) -> str:
         ("records", f"{built.records:,} ({built.sequences:,} sequences x {built.layers} layers)"),
         ("one record", f"{shape} {built.store_dtype}, {built.bytes // built.records:,} bytes"),
         ("bytes of records", f"{built.bytes:,}"),
-        ("bytes on the file system", f"{result.bytes_taken['single']:,}"),
+        ("bytes on the file system", f"{result.bytes_taken['nearest']:,}"),
         ("on huge pages", "not reported" if result.huge_pages is None else f"{100 * result.huge_pages:.0f} %"),
         ("time to record", f"{built.seconds:.1f} s"),
-        ("means made of them", f"{result.condensed.records:,}, {result.bytes_taken['means']:,} bytes"),
+        ("means made of them", f"{result.condensed.records:,}, {result.bytes_taken['condensed']:,} bytes"),
     ]
     width = max(len(name) for name, _ in rows)
     return "The store\n" + "\n".join(f"  {name.ljust(width)}   {value}" for name, value in rows)

@@ -110,8 +110,9 @@ def condense(
 
     The keys of each layer and length are clustered; of each cluster the mean record is kept, under the mean key, with
     its size and spread. Records are streamed: neither store needs to fit into memory. The new store has no profile yet,
-    as distances to means are others: :func:`memodb_transformers.profile` makes it. What a killed call leaves (at
-    ``out_path``, or of length buckets in a folder beside it) is refused as no memo store and has to be removed.
+    as distances to means are others: :func:`memodb_transformers.profile` makes it. What a killed call leaves has to be
+    removed: at ``out_path`` it is refused as no memo store; length buckets are made in a folder beside it,
+    ``out_path.making-...``, and moved when all are whole.
 
     Parameters
     ----------

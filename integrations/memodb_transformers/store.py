@@ -43,6 +43,7 @@ __all__ = [
     "bucket_path",
     "bucket_paths",
     "making",
+    "move_into_place",
     "open_store",
     "open_stores",
     "permissions_of",
@@ -171,6 +172,16 @@ def permissions_of(options: Mapping[str, Any]) -> int:
     return permissions
 
 
+def move_into_place(made: Path, path: Path, taken: memodb.StoreExistsError) -> None:
+    """Move what is whole to its place by one rename; ``taken`` is raised where something is there."""
+    try:
+        os.rename(made, path)
+    except OSError as error:
+        if error.errno not in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
+            raise
+        raise taken from error
+
+
 @contextmanager
 def making(path: Path, *, folder: bool, permissions: int) -> Iterator[Path]:
     """Make a store, or a folder of stores, in a block; what is left by an error is removed, if it was made there.
@@ -191,12 +202,7 @@ def making(path: Path, *, folder: bool, permissions: int) -> Iterator[Path]:
         yield place
         if folder:
             set_permissions(place, permissions)  # last: the stores in it have checked them
-            try:
-                os.rename(place, path)
-            except OSError as error:
-                if error.errno in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
-                    raise exists from None
-                raise
+            move_into_place(place, path, exists)
     except BaseException as error:
         if folder or not isinstance(error, memodb.StoreExistsError):  # that one somebody else has made meanwhile
             shutil.rmtree(place, ignore_errors=True)

@@ -7,7 +7,6 @@ middle is done again, but for recording, which goes on with the sequence it was 
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import hashlib
 import json
@@ -29,6 +28,7 @@ import memodb
 from memodb.safe import Guard, set_permissions
 
 from .errors import UnfinishedBuildError
+from .store import move_into_place
 
 __all__ = ["Stage", "Work", "fingerprint"]
 
@@ -159,15 +159,14 @@ class Work:
             chosen = self.store(next(iter(lengths)))
         else:
             set_permissions(chosen, permissions)  # as the stores in it
-        try:
-            os.rename(chosen, self.path)
-        except OSError as error:
-            if error.errno not in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
-                raise
-            raise memodb.StoreExistsError(
+        move_into_place(
+            chosen,
+            self.path,
+            memodb.StoreExistsError(
                 f"{self.path} was made while the store was built: remove it and call build again with the same "
                 "arguments"
-            ) from error
+            ),
+        )
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _claim(self) -> int:

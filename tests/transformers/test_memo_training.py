@@ -77,23 +77,21 @@ def test_equal_seeds_give_equal_embedders(kind: str) -> None:
 
 
 @contextmanager
-def bfloat16() -> Iterator[None]:
+def by_default(dtype: Any) -> Iterator[None]:
     before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.bfloat16)
+    torch.set_default_dtype(dtype)
     try:
         yield
     finally:
         torch.set_default_dtype(before)
 
 
-@contextmanager
-def double() -> Iterator[None]:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
+def bfloat16() -> Any:
+    return by_default(torch.bfloat16)
+
+
+def double() -> Any:
+    return by_default(torch.float64)
 
 
 def half() -> Any:
