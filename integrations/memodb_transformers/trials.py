@@ -102,7 +102,7 @@ def run_trials(
     """Let each trial answer and be timed.
 
     The first pass goes batch by batch through all trials, so that only the outputs of one batch are held at a time;
-    it warms everything up as well. Then whole passes are timed, of each trial in turn.
+    it warms everything up as well. Then whole passes are timed: each trial once a round, in an order drawn anew.
 
     Parameters
     ----------
@@ -139,9 +139,11 @@ def run_trials(
                 if similarity and trial.memo is not None and trial.timed and trial.kind != "oracle":
                     _look(model, trial, inputs, similarity)
                 bar.update()
+        draw = np.random.default_rng(0)
         for _ in range(repeats):
-            for trial in timed:
-                _time(model, trial, data, bar)
+            # In another order each time: what ran before, an eager pass above all, leaves its marks on the next.
+            for place in draw.permutation(len(timed)):
+                _time(model, timed[place], data, bar)
 
 
 def _look(model: PreTrainedModel, trial: Trial, inputs: dict[str, Any], similarity: bool) -> None:

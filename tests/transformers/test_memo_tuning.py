@@ -442,6 +442,22 @@ def test_the_choice_is_what_is_used(built: Path) -> None:
     assert told.saved_seconds == pytest.approx(2 * (1.0 - 0.1) - 0.01)
 
 
+def test_where_means_alone_are_evaluated_they_alone_need_be_tuned(built: Path) -> None:
+    model, means = tiny_model(), built.with_name("means")
+    mt.condense(built, means, records_per_namespace=1)
+    mt.profile(model, known(), means)
+    mt.tune(model, known(), means, budget=2.0)
+
+    def evaluate(*kinds: str) -> list[tuple[str, Any]]:
+        settings: dict[str, Any] = {"levels": ["tuned"], "condensed": means, "repeats": 1}
+        report = mt.evaluate(model, known()[:1], built, kinds=["plain", *kinds], **settings)
+        return [(row["kind"], row["level"]) for row in report.rows]
+
+    assert evaluate("condensed") == [("plain", None), ("condensed", "tuned")]
+    with pytest.raises(mt.StoreMismatchError, match="not tuned"):
+        evaluate("nearest", "condensed")
+
+
 def test_it_declines_where_reuse_breaks_predictions(garbage: Path) -> None:
     model = tiny_model()
     report = mt.tune(model, data(labels=False), garbage, budget=2.0)
