@@ -26,11 +26,11 @@ from .store import MemoStore
 
 __all__ = ["Calibration", "find_self_hits"]
 
-# Squared distance of a key to itself, as a share of its squared length: hidden states of one sequence differ in their
-# last digits from batch to batch. Distances that faiss computes by the norms are coarser than this.
-_SAME_KEY = 1e-9
-# Similarity that a record lacks to itself, beside what its dtype rounds.
-_SAME_RECORD = 1e-3
+# Squared distance of a key to itself, as a share of its squared length, and the similarity that its record lacks to
+# itself, beside what its dtype rounds. The store may have been built by the same model in bfloat16, which changes keys
+# by 2e-5 and records by 3e-3; one other token in 512 changes keys by 4e-3, in 64 by ten times as much.
+_SAME_KEY = 1e-4
+_SAME_RECORD = 6e-3
 
 
 class Calibration:

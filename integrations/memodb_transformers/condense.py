@@ -279,7 +279,9 @@ def _allot(
     while often and total(often, 1) > max_bytes:
         often.pop()
     if not often:
-        raise ValueError(f"expected max_bytes to hold a record for each layer, {total(kept[:1], 1)} bytes; found less")
+        raise ValueError(
+            f"expected max_bytes to hold a record for each layer, {total(kept[:1], 1)} bytes; found {max_bytes}"
+        )
     low, high = 1, each
     while low < high:  # the largest number that fits
         middle = (low + high + 1) // 2

@@ -23,6 +23,7 @@ __all__ = [
     "UnfinishedBuildError",
     "UnsupportedModelError",
     "copied_inside",
+    "no_batch_fits",
 ]
 
 
@@ -52,6 +53,12 @@ def copied_inside() -> MemoizationActiveError:
 
 class InvalidBatchError(MemoDBError, ValueError):
     """Batches are empty, of differing padded length, or lack what a recording needs."""
+
+
+def no_batch_fits(given: int, longest: int) -> InvalidBatchError:
+    """Say that there are no batches, or that all are longer than the records."""
+    found = "only longer ones" if given else "no batches at all: an iterator can be read once only"
+    return InvalidBatchError(f"expected batches padded to at most {longest} tokens, as the store's; found {found}")
 
 
 class UnfinishedBuildError(MemoDBError, FileExistsError):

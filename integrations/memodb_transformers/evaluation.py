@@ -22,7 +22,7 @@ from .errors import InvalidBatchError
 from .judge import predicts_next
 from .memoize import Memo, Thresholds
 from .plan import Stores, asked_kinds, check_lengths, check_settings, plan_trials
-from .recorder import spans_of
+from .recorder import batch_shape, spans_of
 from .reports import hide_bar
 from .sites import ModelSites, find_memoizable
 from .store import open_stores, smallest_fitting
@@ -123,6 +123,7 @@ def evaluate(
     check_settings(kinds, repeats, confidence, seed, oracle_limit)
     sites = find_memoizable(model)
     data = [(model_inputs(batch, model.device), batch.get("labels")) for batch in batches]
+    data = [(inputs, labels) for inputs, labels in data if batch_shape(inputs)[0]]
     if not data:
         raise InvalidBatchError("expected at least one batch; found none")
     card, levels = ModelCard.of(sites), list(dict.fromkeys(levels))

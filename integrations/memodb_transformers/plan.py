@@ -34,6 +34,8 @@ def check_settings(kinds: Sequence[str] | None, repeats: Any, confidence: Any, s
     if unknown or isinstance(kinds, str):
         found = repr(kinds) if isinstance(kinds, str) else ", ".join(map(repr, unknown))
         raise ValueError(f"expected a list of kinds out of {', '.join(KINDS)}; found {found}")
+    if kinds is not None and not len(kinds):
+        raise ValueError(f"expected kinds out of {', '.join(KINDS)}, or None for all that there can be; found none")
     for name, value, least in (("repeats", repeats, 1), ("seed", seed, 0), ("oracle_limit", oracle_limit, 0)):
         if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
             raise ValueError(f"expected {name} to be a number of at least {least}; found {value!r}")

@@ -22,7 +22,7 @@ from .capture import attention_implementation, attention_visits, in_inference, w
 from .card import ModelCard
 from .costs import Shape, Shapes
 from .embedding import Embedder
-from .errors import InvalidBatchError
+from .errors import InvalidBatchError, no_batch_fits
 from .forward import Spans
 from .performance import LayerProfile, ProfileReport
 from .recorder import batch_shape, spans_of
@@ -208,9 +208,10 @@ def _usable(batches: Iterable[Any], longest: int) -> list[_Batch]:
     InvalidBatchError
         There is none.
     """
-    found = [_Batch(batch, spans) for batch in batches if (spans := _spans(batch, longest)) is not None]
+    given = list(batches)
+    found = [_Batch(batch, spans) for batch in given if (spans := _spans(batch, longest)) is not None]
     if not found:
-        raise InvalidBatchError(f"expected batches padded to at most {longest} tokens, as the store's; found none")
+        raise no_batch_fits(len(given), longest)
     return found
 
 

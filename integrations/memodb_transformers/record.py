@@ -128,6 +128,8 @@ def build(
     memodb.StoreExistsError
         Something is at ``path``.
     """
+    if wrong := sorted({"dtype", "shape"}.intersection(options)):
+        raise ValueError(f"expected no {wrong[0]}: the model tells it; what records are kept in is store_dtype=")
     lengths = check_build(target, store_dtype, embedder, epochs, namespace_by_length, buckets)
     key_dim, seed = check_count("key_dim", key_dim), check_count("seed", seed, 0)
     scratch_bytes = check_count("scratch_bytes", scratch_bytes)
@@ -146,8 +148,9 @@ def build(
     shares, longer = share_out(batches, lengths, profile=profile, tune=budget is not None)
     if budget is not None and not any(tunable(share, budget) for share in shares.values()):
         raise InvalidBatchError(
-            f"expected so many sequences that a tenth of them, {fewest_tuned(budget)} or more, can be kept out to tune "
-            f"with for a budget of {budget:g}; found {max(share.seen for share in shares.values())} in all: give more, "
+            f"expected so many sequences ({10 * fewest_tuned(budget)} and more) that a tenth of them, "
+            f"{fewest_tuned(budget)} or more, can be kept out to tune with for a budget of {budget:g}; found "
+            f"{max(share.seen for share in shares.values())} in all: give more, "
             "a larger budget, or build without one and tune afterwards"
         )
     card = ModelCard.of(sites)

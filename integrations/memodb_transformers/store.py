@@ -230,7 +230,11 @@ def open_store(path: str | os.PathLike[str], card: ModelCard, embedder: Embedder
         Something in the store is none of its files.
     """
     root = Path(path)
-    with memodb.MemoDB.open(root, mode="r") as db:
+    try:
+        opened = memodb.MemoDB.open(root, mode="r")
+    except memodb.StoreNotFoundError as error:
+        raise memodb.StoreNotFoundError(f"{root} holds no memo store: memodb_transformers.build makes one") from error
+    with opened as db:
         file = root / MEMO_FILES / "memo.json"
         if not file.exists():
             raise StoreMismatchError(

@@ -22,7 +22,7 @@ from .capture import in_inference, model_inputs, whole_inputs
 from .card import ModelCard
 from .choices import check_lookup
 from .embedding import Embedder
-from .errors import InvalidBatchError, StoreMismatchError
+from .errors import InvalidBatchError, StoreMismatchError, no_batch_fits
 from .judge import Change, Judge, predicts_next
 from .performance import ProfileReport
 from .recorder import batch_shape, count_sequences, cut_rows, spans_of
@@ -99,9 +99,7 @@ def tune(
             if length is not None:
                 shares[length].append(batch)
         if not any(shares.values()):
-            raise InvalidBatchError(
-                f"expected batches padded to at most {max(stores)} tokens, as the store's; found none"
-            )
+            raise no_batch_fits(len(data), max(stores))
         # A bucket without a profile, or with too little data, is left alone as long as there is another.
         enough = {
             length: share

@@ -222,6 +222,24 @@ def test_models_in_half_precision_find_themselves_too(path: Path, dtype: Any) ->
     assert (report.sequences, report.self_hits) == (2, 1)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("embedder", ["projection", "separable"])
+def test_sequences_find_themselves_in_another_precision_too(
+    path: Path, dtype: Any, turned: bool, embedder: str
+) -> None:
+    model = tiny_model(initializer_range=0.2)
+    other = tiny_model(initializer_range=0.2).to(dtype)
+    if turned:
+        model, other = other, model
+    known = tiny_batch([8] * 20)
+    mt.build(model, [known], path, profile=False, embedder=embedder)
+    near = rows_of(known, [3])
+    near["input_ids"][0, 4] += 1  # one token is another: not the same sequence
+    report = mt.profile(other, [join(join(rows_of(known, [2]), near), tiny_batch([8] * 2, seed=5))], path)
+    assert (report.sequences, report.self_hits) == (3, 1)
+
+
 def test_nothing_but_stored_sequences_is_refused_and_changes_nothing(built: tuple[Any, Path]) -> None:
     model, path = built
     file = path / "transformers" / "profile.json"

@@ -687,3 +687,30 @@ def test_another_default_dtype_changes_nothing(path: Path) -> None:
         torch.set_default_dtype(torch.float32)
     assert hits(memo) == [3, 3]
     assert torch.allclose(found, plain, atol=1e-4)
+
+
+def test_what_is_missing_is_told_from_what_does_not_fit(path: Path) -> None:
+    model = tiny_model()
+    with pytest.raises(ValueError, match=r"expected no dtype: .* store_dtype="):
+        mt.build(model, [tiny_batch([8] * 20)], path, dtype="float16")
+    assert not path.exists()
+    with pytest.raises(memodb.StoreNotFoundError, match=r"holds no memo store: memodb_transformers\.build makes one"):
+        mt.evaluate(model, [tiny_batch([8])], path)
+    mt.build(model, [tiny_batch([8] * 20)], path)
+    longer = tiny_batch([PADDED + 4], padded=PADDED + 4)
+    for call in (mt.profile, mt.tune):
+        with pytest.raises(mt.InvalidBatchError, match="found no batches at all"):
+            call(model, [], path)
+        with pytest.raises(mt.InvalidBatchError, match="found only longer ones"):
+            call(model, [longer], path)
+    with pytest.raises(ValueError, match=r"expected kinds out of plain, .* found none"):
+        mt.evaluate(model, [tiny_batch([8])], path, kinds=[])
+
+
+def test_a_batch_of_nothing_is_passed_over(path: Path) -> None:
+    model = tiny_model()
+    batch = tiny_batch([8] * 20)
+    mt.build(model, [batch], path)
+    tried = tiny_batch([8] * 3, seed=5)
+    nothing = {name: value[:0] for name, value in tried.items()}
+    assert mt.evaluate(model, [nothing, tried], path, kinds=["plain"], repeats=1).sequences == 3
