@@ -56,8 +56,10 @@ class InvalidBatchError(MemoDBError, ValueError):
 
 
 def no_batch_fits(given: int, longest: int) -> InvalidBatchError:
-    """Say that there are no batches, or that all are longer than the records."""
-    found = "only longer ones" if given else "no batches at all: an iterator can be read once only"
+    """Say that there are no batches, or none that is as short as the records and holds a sequence."""
+    found = "no batches at all: an iterator can be read once only"
+    if given:
+        found = "only longer ones, or ones without sequences"
     return InvalidBatchError(f"expected batches padded to at most {longest} tokens, as the store's; found {found}")
 
 

@@ -150,8 +150,8 @@ def build(
         raise InvalidBatchError(
             f"expected so many sequences ({10 * fewest_tuned(budget)} and more) that a tenth of them, "
             f"{fewest_tuned(budget)} or more, can be kept out to tune with for a budget of {budget:g}; found "
-            f"{max(share.seen for share in shares.values())} in all: give more, "
-            "a larger budget, or build without one and tune afterwards"
+            f"{max(share.seen for share in shares.values())} in all: give more, a larger budget, or build without "
+            "one and tune afterwards"
         )
     card = ModelCard.of(sites)
     if root.exists() and root.stat().st_dev != root.absolute().parent.stat().st_dev:

@@ -236,7 +236,7 @@ def test_sequences_find_themselves_in_another_precision_too(
     mt.build(model, [known], path, profile=False, embedder=embedder)
     near = rows_of(known, [3])
     near["input_ids"][0, 4] += 1  # one token is another: not the same sequence
-    report = mt.profile(other, [join(join(rows_of(known, [2]), near), tiny_batch([8] * 2, seed=5))], path)
+    report = mt.profile(other, [join(rows_of(known, [2]), near, tiny_batch([8] * 2, seed=5))], path)
     assert (report.sequences, report.self_hits) == (3, 1)
 
 
