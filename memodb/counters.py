@@ -56,12 +56,17 @@ class Counters:
     def to_dict(self) -> dict[str, Any]:
         """Return the counts, and a summary of hits per record."""
         counts: dict[str, Any] = {name: value for name, value in vars(self).items() if not name.startswith("_")}
+        return {**counts, "hits_per_record": self.hits_per_record()}
+
+    def hits_per_record(self) -> dict[str, Any]:
+        """Return how many records were gathered how often."""
         with self._lock:
             self._count_hits()
             hits = self._hits[self._hits > 0]
-        counts["hits_per_record"] = {
+        times, records = np.unique(hits, return_counts=True)
+        return {
+            "times": {str(number): int(count) for number, count in zip(times, records, strict=True)},
             "records_hit": len(hits),
             "max": int(hits.max(initial=0)),
             "mean": float(hits.mean()) if len(hits) else 0.0,
         }
-        return counts

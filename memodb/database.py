@@ -714,6 +714,19 @@ class MemoDB(Handle):
             **self._counters.to_dict(),
         }
 
+    def hits_per_record(self) -> dict[str, Any]:
+        """Return how often this handle gathered records: what :meth:`stats` says of it, without a look at the store.
+
+        It can be asked after :meth:`close` as well.
+
+        Returns
+        -------
+        dict
+            ``records_hit``: records that were gathered at all; ``max`` and ``mean`` of how often, of these; ``times``:
+            how many records were gathered once, twice, ..., by the number as a string.
+        """
+        return self._counters.hits_per_record()
+
     @names_limits
     def verify(self, progress: Progress | None = None) -> list[Problem]:
         """Read every record back against its checksum, and every key; return what is wrong, [] when the store is sound.
