@@ -31,7 +31,8 @@ from .errors import (
 )
 from .evaluation import EvaluationReport, evaluate
 from .families import Family, families
-from .memoize import Memo, memoize
+from .memo import Memo
+from .memoize import memoize
 from .performance import LayerProfile, ProfileReport
 from .profiling import profile
 from .record import BuildReport, build

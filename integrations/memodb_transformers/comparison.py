@@ -131,9 +131,10 @@ def make_report(
             "speedup_vs_plain": plain.median / trial.median,
             "speedup_vs_eager": eager.median / trial.median,
             "bytes": trial.bytes,
+            "pass_seconds": list(trial.seconds),
             **answers,
         }
-        rows.append({name: found[name] for name in (*_COLUMNS, *answers)})
+        rows.append({name: found[name] for name in (*_COLUMNS, "pass_seconds", *answers)})
     stats: dict[str, dict[str, dict[str, Any]]] = {}
     for trial in shown:
         if trial.memo is not None:

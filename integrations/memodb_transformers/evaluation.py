@@ -20,7 +20,7 @@ from .comparison import EvaluationReport, make_report
 from .embedding import Embedder
 from .errors import InvalidBatchError
 from .judge import predicts_next
-from .memoize import Memo, Thresholds
+from .memo import Memo, Thresholds
 from .plan import Stores, asked_kinds, check_lengths, check_settings, plan_trials
 from .recorder import batch_shape, spans_of
 from .reports import hide_bar
@@ -106,7 +106,8 @@ def evaluate(
         models, over next tokens), ``memoization_rate`` (Eq. 2), ``similarity`` (mean over the hits of Eq. 1, or the
         measure of contexts, between what was reused and what the layer would have computed from the hidden state that
         it had), ``seconds``, ``speedup_vs_plain``, ``speedup_vs_eager`` (against the model with eager attention),
-        ``bytes`` (logical size of the records that the kind needs), ``output_change`` (mean relative L2 difference of
+        ``bytes`` (logical size of the records that the kind needs), ``pass_seconds`` (of each pass: the i-th of every
+        row was taken in the same round), ``output_change`` (mean relative L2 difference of
         the logits, or of the last hidden state of a model without, from the plain model's); ``accuracy_change``,
         ``perplexity_change`` from the plain model; and ``_low`` and ``_high`` of ``accuracy``, ``accuracy_change``,
         ``agreement``, ``perplexity_change``. None where a column does not apply.

@@ -13,7 +13,7 @@ from . import controls
 from .choices import Level
 from .controls import Pick, Reuse
 from .errors import InvalidBatchError, StoreMismatchError
-from .memoize import Memo, Thresholds
+from .memo import Memo, Thresholds
 from .recorder import batch_shape
 from .store import MemoStore
 from .trials import Batches, Trial

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from .capture import model_inputs
 from .judge import Change, Judge
-from .memoize import Memo
+from .memo import Memo
 from .performance import ProfileReport
 from .recorder import count_sequences
 from .reports import hide_bar

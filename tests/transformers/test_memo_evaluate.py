@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import pytest
@@ -20,7 +21,7 @@ from memodb_transformers.data import read_text, to_batches  # noqa: E402
 
 COLUMNS = {
     "kind", "level", "accuracy", "agreement", "perplexity", "memoization_rate", "similarity", "seconds",
-    "speedup_vs_plain", "speedup_vs_eager", "bytes",
+    "speedup_vs_plain", "speedup_vs_eager", "bytes", "pass_seconds",
     "output_change", "accuracy_change", "perplexity_change",
     "accuracy_low", "accuracy_high", "agreement_low", "agreement_high",
     "accuracy_change_low", "accuracy_change_high", "perplexity_change_low", "perplexity_change_high",
@@ -99,6 +100,7 @@ def test_evaluate_compares_with_the_plain_model(built: tuple[Any, Path]) -> None
         *((kind, level) for kind in ("random", "mean", "nearest") for level in mt.LEVELS),
     ]
     assert all(set(row) == COLUMNS for row in rows)
+    assert all(row["seconds"] == median(row["pass_seconds"]) for row in rows)
     plain, *_, conservative, _, _ = rows
     assert plain["accuracy"] == plain["agreement"] == plain["speedup_vs_plain"] == 1.0
     assert plain["memoization_rate"] is plain["bytes"] is None
