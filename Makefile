@@ -10,6 +10,8 @@
 #   make bench   benchmarks, half an hour and more (BENCH_ARGS=benchmarks/test_put.py)
 #   make bench-quick    a subset, 3 minutes
 #   make bench-report   their results as docs/performance.md
+#   make paper   every table and figure of the AttMemo paper, hours; goes on where it stopped (docs/paper.md)
+#   make paper-quick    a little of each of them, a quarter of an hour
 #   make clean   remove what the above made
 
 PYTHON ?= python3
@@ -19,6 +21,7 @@ CUTS ?= 20
 POWERCUT_ARGS ?=
 BENCH_ARGS ?= benchmarks
 MINUTES ?= 30
+PAPER_ARGS ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -27,10 +30,10 @@ BENCH = $(BIN)/python -m pytest -q --benchmark-columns=median,iqr,rounds --bench
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test torture dax-test powercut check audit bench bench-quick bench-report clean
+.PHONY: help demo test torture dax-test powercut check audit bench bench-quick bench-report paper paper-quick clean
 
 help:
-	@sed -n 's/^# \{0,1\}//p' Makefile | head -14
+	@sed -n 's/^# \{0,1\}//p' Makefile | head -16
 
 # A half-made environment is never taken for a ready one: the stamp is written last.
 $(READY): pyproject.toml constraints.txt
@@ -74,6 +77,12 @@ bench-quick: $(READY)
 
 bench-report: $(READY)
 	$(BIN)/python -m benchmarks.report
+
+paper: $(READY)
+	$(BIN)/python -m benchmarks.paper $(PAPER_ARGS)
+
+paper-quick: $(READY)
+	$(BIN)/python -m benchmarks.paper --quick $(PAPER_ARGS)
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis .benchmarks

@@ -11,7 +11,7 @@ from typing import Any
 from memodb.gather.costs import calibration_file, load_costs
 
 _PACKAGES = (
-    *("memodb", "numpy", "torch", "faiss-cpu", "lmdb", "zarr", "h5py", "tensorstore", "safetensors"),
+    *("memodb", "numpy", "torch", "transformers", "faiss-cpu", "lmdb", "zarr", "h5py", "tensorstore", "safetensors"),
     "pytest-benchmark",
 )
 

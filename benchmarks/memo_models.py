@@ -23,7 +23,7 @@ from benchmarks.clock import Turn
 from benchmarks.profiles import MemoSize
 from memodb_transformers.capture import attention_implementation
 from memodb_transformers.card import ModelCard
-from memodb_transformers.memoize import Memo
+from memodb_transformers.memo import Memo
 from memodb_transformers.product import multiplies_bfloat16
 from memodb_transformers.sites import find_sites
 from memodb_transformers.store import open_stores
