@@ -72,8 +72,9 @@ TASKS = {
 def root() -> Path:
     """Return the folder of models and data; ends the program where there is none."""
     data = os.environ.get("MEMODB_EVAL_DATA")
-    if not data:
-        print("MEMODB_EVAL_DATA names no folder with models and data", file=sys.stderr)
+    if not data or not all((Path(data) / part).is_dir() for part in ("models", "data")):
+        found = f"is {data}, which lacks" if data else "is not set; it names a folder with"
+        print(f"MEMODB_EVAL_DATA {found} models/ and data/: see benchmarks/README.md", file=sys.stderr)
         raise SystemExit(1)
     return Path(data)
 
