@@ -12,20 +12,12 @@ from typing import Any
 import torch
 import transformers
 
+from benchmarks.memo_models import CONFIGS
 from benchmarks.paper.alone import alone
 from benchmarks.paper.experiment import Experiment, Result, table
 from benchmarks.paper.workbench import Workbench, attention_as
 
 _BASE = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072}
-# As in microsoft/deberta-v3-base.
-_DEBERTA = {
-    "relative_attention": True,
-    "position_buckets": 256,
-    "norm_rel_ebd": "layer_norm",
-    "share_att_key": True,
-    "pos_att_type": ["p2c", "c2p"],
-    "position_biased_input": False,
-}
 #: Family -> configuration, class, settings of the base size, and the module that is self-attention.
 SHAPES: dict[str, tuple[Any, Any, dict[str, Any], str]] = {
     "BERT": (transformers.BertConfig, transformers.BertModel, _BASE, "BertAttention"),
@@ -39,7 +31,7 @@ SHAPES: dict[str, tuple[Any, Any, dict[str, Any], str]] = {
     "DeBERTa-v2": (
         transformers.DebertaV2Config,
         transformers.DebertaV2Model,
-        {**_BASE, **_DEBERTA},
+        {**_BASE, **CONFIGS["DeBERTa-v2"][2]},
         "DebertaV2Attention",
     ),
     "GPT-2": (transformers.GPT2Config, transformers.GPT2Model, {}, "GPT2Attention"),
